@@ -1,0 +1,51 @@
+# Needs Python 3.11 or newer, venv and make; uses uv when it is there.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-crash lint format bench chaos simulate docs lock clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+JOBS ?= 2
+
+help: ## Say what each target does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make .venv with everything pinned by hash
+
+$(STAMP): requirements-dev.lock pyproject.toml
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP) ## Start everything with two sample orgs and show it until Ctrl-C
+	@$(BIN)/nightmail demo
+
+test: $(STAMP) ## Run the tests (under 6 minutes on 2 cores)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+lint: $(STAMP) ## Formatting, lint, types, import contracts, migrations
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/squawk --config .squawk.toml nightmail/schema/*.sql
+
+format: $(STAMP) ## Format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Measure against floors and a peer, and write docs/benchmarks.md
+	@$(BIN)/python -m bench
+
+chaos: $(STAMP) ## Kill runners for a minute under load and account for every message
+	@$(BIN)/python -m tests.crash.kill_loop --seconds 60
+
+simulate: $(STAMP) ## Run 20,000 seeded interleavings over real PostgreSQL
+	@$(BIN)/python -m tests.simulation --seeds 20000
+
+lock: ## Pin the dependencies again (needs uv)
+	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 pyproject.toml -o requirements.lock
+	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 pyproject.toml --group dev -o requirements-dev.lock
+
+clean: ## Remove what setup, demo and tests made
+	rm -rf $(VENV) .nightmail .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
