@@ -54,7 +54,11 @@ class ProviderError(NightmailError):
 
 
 class Throttled(ProviderError):
-    """Refused for rate. `retry_after_s` is the provider's own wish, None when it gave none."""
+    """Refused for rate, or for the account as a whole: no fault of the message.
+
+    `retry_after_s` is the provider's own wish, None when it gave none. With the codes `channel_stopped` and
+    `daily_quota` it is long: the channel should be parked, not slowed down.
+    """
 
     def __init__(self, code: str, detail: str = "", *, retry_after_s: float | None = None) -> None:
         super().__init__(code, detail)
@@ -62,7 +66,13 @@ class Throttled(ProviderError):
 
 
 class Retryable(ProviderError):
-    """Not accepted, for a reason that may pass: DNS, connection refused, TLS, a temporary refusal."""
+    """Not accepted, for a reason that may pass: DNS, connection refused, TLS, a temporary refusal.
+
+    The codes in UNSENT_CODES mean that the adapter itself had no room: nothing was written, no attempt is burnt.
+    """
+
+
+UNSENT_CODES = frozenset({"threads_busy", "no_free_slot", "call_timeout"})
 
 
 class Permanent(ProviderError):

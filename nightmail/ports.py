@@ -1,0 +1,114 @@
+"""What Nightmail needs from the outside world: protocols of one to four methods, our types only.
+
+An adapter makes at most ONE attempt per call and raises one of `nightmail.errors.ProviderError`'s
+subclasses; nothing foreign escapes. Retries belong to the claim loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A file in an email; `content_id` makes it inline (without angle brackets), None an ordinary attachment."""
+
+    filename: str
+    content: bytes
+    content_type: str
+    content_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingEmail:
+    """One email as a provider needs it. Addresses are normalised; display names stay in `sender` and the lists."""
+
+    message_id: UUID
+    org_id: UUID
+    claim_id: UUID
+    sender: str
+    to: Sequence[str]
+    cc: Sequence[str]
+    bcc: Sequence[str]
+    reply_to: Sequence[str]
+    subject: str
+    html: str | None
+    text: str | None
+    headers: Sequence[tuple[str, str]] = ()
+    attachments: Sequence[Attachment] = ()
+    tags: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingSms:
+    """One SMS; `sender` is an origination number or sender id, None lets the provider choose."""
+
+    message_id: UUID
+    org_id: UUID
+    claim_id: UUID
+    sender: str | None
+    to: str
+    body: str
+    tags: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The provider took the message; `provider_message_id` is its name for it."""
+
+    provider_message_id: str
+    detail: dict[str, str] = field(default_factory=dict)
+
+
+class EmailSender(Protocol):
+    """Sends one email, once."""
+
+    name: str
+
+    async def send_email(self, email: OutgoingEmail, *, timeout_s: float) -> Accepted:
+        """Make one attempt within `timeout_s` seconds for the whole call.
+
+        Raises Throttled, Retryable, Permanent or InDoubt.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release connections and threads."""
+        ...
+
+
+class SmsSender(Protocol):
+    """Sends one SMS, once."""
+
+    name: str
+
+    async def send_sms(self, sms: OutgoingSms, *, timeout_s: float) -> Accepted:
+        """Make one attempt within `timeout_s` seconds for the whole call.
+
+        Raises Throttled, Retryable, Permanent or InDoubt.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release connections and threads."""
+        ...
+
+
+class SendRate(Protocol):
+    """A send rate per provider account that all runners on all machines honour."""
+
+    async def take(self, account: str, wanted: int) -> int:
+        """Return how many of `wanted` calls may start now, 0 to `wanted`; unused ones are not given back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The outside world as one run sees it."""
+
+    email: EmailSender
+    sms: SmsSender
+    send_rate: SendRate
