@@ -8,6 +8,22 @@ LANGUAGE sql STABLE PARALLEL SAFE
 RETURN statement_timestamp()
     + coalesce(nullif(current_setting('nightmail.clock_offset', true), ''), '0')::interval;
 
+-- UUIDv7: PostgreSQL 18 has it, older servers get the same layout from RFC 9562 section 5.7.
+DO $do$
+BEGIN
+    IF to_regproc('pg_catalog.uuidv7') IS NOT NULL THEN
+        CREATE FUNCTION nm_uuid7() RETURNS uuid LANGUAGE sql VOLATILE PARALLEL SAFE
+        RETURN uuidv7();
+    ELSE
+        CREATE FUNCTION nm_uuid7() RETURNS uuid LANGUAGE sql VOLATILE PARALLEL SAFE
+        RETURN (
+            lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000)::bigint), 12, '0')
+            || '7' || substr(replace(gen_random_uuid()::text, '-', ''), 14, 19)
+        )::uuid;
+    END IF;
+END
+$do$;
+
 CREATE TABLE orgs (
     id uuid PRIMARY KEY,
     name text NOT NULL CHECK (length(name) BETWEEN 1 AND 200),
@@ -200,7 +216,7 @@ CREATE TABLE job_runs (
     trigger text NOT NULL,
     host text NOT NULL,
     started_at timestamptz NOT NULL,
-    deadline_s double precision NOT NULL CHECK (deadline_s > 0),
+    deadline_s double precision NOT NULL DEFAULT 25 CHECK (deadline_s > 0),
     finished_at timestamptz,
     state text COLLATE "C" NOT NULL DEFAULT 'running'
         CHECK (state IN ('running', 'succeeded', 'failed', 'deduplicated', 'not_configured', 'interrupted')),

@@ -1,0 +1,1 @@
+"""Runs any job, names none: slots, deadlines, leases, run records, ticks."""

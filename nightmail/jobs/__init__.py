@@ -1,0 +1,1 @@
+"""The thirteen jobs and their table; nothing else."""

@@ -1,0 +1,257 @@
+"""Accept: messages, queue rows, usage reservation and the idempotency record, in one transaction.
+
+Without attachments that is one statement and one round trip. The idempotency key is taken with a try-lock, so a
+request that still runs is seen at once; the lock ends with the transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+from psycopg.errors import UniqueViolation
+
+from nightmail.ids import sha256
+from nightmail.ports import Attachment
+from nightmail.store.database import Connection, Database
+from nightmail.store.usage_records import SHARDS
+
+KEY_LIFE_HOURS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A checked message. `addresses` are normalised and distinct; the other lists hold canonical mailbox texts.
+
+    `scheduled_at` None means due now. `units` are recipients (email) or segments (SMS).
+    """
+
+    id: UUID
+    channel: Literal["email", "sms"]
+    sender: str
+    subject: str | None
+    addresses: list[str]
+    to: list[str]
+    cc: list[str]
+    bcc: list[str]
+    reply_to: list[str]
+    html: str | None
+    text: str | None
+    headers: list[tuple[str, str]]
+    tags: list[dict[str, str]]
+    attachments: Sequence[Attachment]
+    units: int
+    scheduled_at: datetime | None
+    send_policy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """The key of a request, the digest of what it asked, and the answer to keep."""
+
+    key: str
+    request_sha256: bytes
+    status: int
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The answer the same request got before."""
+
+    status: int
+    response: str
+
+
+AcceptResult = Literal["accepted", "in_progress", "other_body"] | Replay
+
+# `asked` is evaluated once; everything hangs on `input`, which is empty when the key is taken or known. A request
+# that committed between our snapshot and our lock is caught by the primary key of idempotency_keys (23505).
+# Usage rows are the only shared rows: reserved in key order.
+ACCEPT = """
+WITH asked AS MATERIALIZED (
+    SELECT %(key)s::text IS NULL OR pg_try_advisory_xact_lock(%(lock)s) AS is_free
+), known AS MATERIALIZED (
+    SELECT k.request_sha256, k.status, k.response
+    FROM idempotency_keys AS k
+    WHERE k.org_id = %(org_id)s
+      AND k.env = %(env)s
+      AND k.key = %(key)s
+      AND k.expires_at > nm_now()
+), input AS MATERIALIZED (
+    SELECT i.*, coalesce(i.scheduled_at, nm_now()) AS due_at,
+           to_char(coalesce(i.scheduled_at, nm_now()) AT TIME ZONE 'UTC', 'YYYY-MM') AS period,
+           CASE WHEN %(env)s = 'test' THEN 'test' ELSE 'live:' || i.channel END AS lane
+    FROM json_to_recordset(%(messages)s::json) AS i (
+        id uuid, channel text, sender text, subject text, addresses text[], units bigint, scheduled_at timestamptz,
+        send_policy text, "to" text[], cc text[], bcc text[], reply_to text[], html text, text text,
+        headers jsonb, tags jsonb, attachment_count smallint
+    )
+    WHERE (SELECT is_free FROM asked)
+      AND NOT EXISTS (SELECT FROM known)
+), key AS (
+    INSERT INTO idempotency_keys (org_id, env, key, request_sha256, status, response, created_at, expires_at)
+    SELECT %(org_id)s, %(env)s, %(key)s, %(request_sha256)s, %(status)s, %(response)s, nm_now(),
+           nm_now() + make_interval(hours => %(life_hours)s)
+    WHERE %(key)s::text IS NOT NULL
+      AND EXISTS (SELECT FROM input)
+), message AS (
+    INSERT INTO messages (
+        id, org_id, env, channel, sender, subject, addresses, units, period, send_policy, scheduled_at, created_at
+    )
+    SELECT id, %(org_id)s, %(env)s, channel, sender, subject, addresses, units, period, send_policy, scheduled_at,
+           nm_now()
+    FROM input
+), body AS (
+    INSERT INTO message_bodies (
+        message_id, to_addresses, cc_addresses, bcc_addresses, reply_to, html, text, headers, tags, attachment_count
+    )
+    SELECT id, "to", cc, bcc, reply_to, html, text, headers, tags, attachment_count
+    FROM input
+), queued AS (
+    INSERT INTO message_queue (message_id, org_id, lane, due_at)
+    SELECT id, %(org_id)s, lane, due_at
+    FROM input
+), turn AS (
+    INSERT INTO queue_turns (lane, due_minute, org_id)
+    SELECT DISTINCT lane, date_trunc('minute', greatest(due_at, nm_now())), %(org_id)s::uuid
+    FROM input
+    ORDER BY 1, 2
+    ON CONFLICT DO NOTHING
+), event AS (
+    INSERT INTO message_events (message_id, org_id, kind, occurred_at)
+    SELECT id, %(org_id)s, 'scheduled', nm_now()
+    FROM input
+    WHERE scheduled_at IS NOT NULL
+), usage AS (
+    INSERT INTO usage_records AS u (org_id, channel, env, period, rating, shard, reserved)
+    SELECT %(org_id)s, channel, %(env)s, period, 'included', %(shard)s, sum(units)
+    FROM input
+    GROUP BY channel, period
+    ORDER BY channel, period
+    ON CONFLICT (org_id, channel, env, period, rating, shard)
+    DO UPDATE SET reserved = u.reserved + excluded.reserved
+)
+SELECT asked.is_free, known.request_sha256, known.status, known.response
+FROM asked
+LEFT JOIN known ON true
+"""
+
+ADD_ATTACHMENTS = """
+INSERT INTO message_attachments (message_id, position, filename, content_type, content_id, content)
+VALUES (%(message_id)s, %(position)s, %(filename)s, %(content_type)s, %(content_id)s, %(content)s)
+"""
+
+FORGET_EXPIRED_KEY = """
+DELETE FROM idempotency_keys
+WHERE org_id = %(org_id)s
+  AND env = %(env)s
+  AND key = %(key)s
+  AND expires_at <= nm_now()
+"""
+
+
+async def accept_messages(
+    database: Database,
+    *,
+    org_id: UUID,
+    env: str,
+    messages: Sequence[NewMessage],
+    idempotency: Idempotency | None,
+) -> AcceptResult:
+    """Store the messages and reserve their units, or say why not; one transaction.
+
+    Returns `in_progress` while another request with the key runs, `other_body` when the key stands for something
+    else, and a Replay when this very request was answered before. Raises DatabaseAway.
+    """
+    key = idempotency.key if idempotency else None
+    arguments: dict[str, Any] = {
+        "org_id": org_id,
+        "env": env,
+        "key": key,
+        "lock": _lock_number(org_id, env, key) if key else 0,
+        "request_sha256": idempotency.request_sha256 if idempotency else None,
+        "status": idempotency.status if idempotency else None,
+        "response": idempotency.response if idempotency else None,
+        "life_hours": KEY_LIFE_HOURS,
+        "shard": messages[0].id.int % SHARDS,
+        "messages": msgspec.json.encode([_row(message) for message in messages]).decode(),
+    }
+
+    async def step(conn: Connection) -> tuple[Any, ...]:
+        if not any(message.attachments for message in messages):
+            return await _accept(conn, arguments)
+        async with conn.transaction():
+            row = await _accept(conn, arguments)
+            if row[0] and row[1] is None:
+                await _add_attachments(conn, messages)
+            return row
+
+    try:
+        row = await database.run(step)
+    except UniqueViolation:
+        # The key is there after all: expired and not yet cleaned, or committed a moment ago. Look again.
+        await database.run(lambda conn: conn.execute(FORGET_EXPIRED_KEY, arguments))
+        row = await database.run(step)
+    is_free, request_sha256, status, response = row
+    if request_sha256 is not None:
+        if idempotency is not None and bytes(request_sha256) != idempotency.request_sha256:
+            return "other_body"
+        return Replay(status, response)
+    return "accepted" if is_free else "in_progress"
+
+
+async def _accept(conn: Connection, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    cursor = await conn.execute(ACCEPT, arguments)
+    row = await cursor.fetchone()
+    assert row is not None, "asked has one row"
+    return row  # type: ignore[no-any-return]
+
+
+async def _add_attachments(conn: Connection, messages: Sequence[NewMessage]) -> None:
+    rows = [
+        {
+            "message_id": message.id,
+            "position": position,
+            "filename": file.filename,
+            "content_type": file.content_type,
+            "content_id": file.content_id,
+            "content": file.content,
+        }
+        for message in messages
+        for position, file in enumerate(message.attachments)
+    ]
+    async with conn.cursor() as cursor:
+        await cursor.executemany(ADD_ATTACHMENTS, rows)
+
+
+def _lock_number(org_id: UUID, env: str, key: str) -> int:
+    """Return the advisory lock of a key: 64 bits of a hash; a collision costs a needless 409, nothing else."""
+    digest = sha256(f"{org_id}/{env}/{key}")
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _row(message: NewMessage) -> dict[str, Any]:
+    return {
+        "id": message.id,
+        "channel": message.channel,
+        "sender": message.sender,
+        "subject": message.subject,
+        "addresses": message.addresses,
+        "units": message.units,
+        "scheduled_at": message.scheduled_at,
+        "send_policy": message.send_policy,
+        "to": message.to,
+        "cc": message.cc,
+        "bcc": message.bcc,
+        "reply_to": message.reply_to,
+        "html": message.html,
+        "text": message.text,
+        "headers": message.headers,
+        "tags": message.tags,
+        "attachment_count": len(message.attachments),
+    }

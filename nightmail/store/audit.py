@@ -1,0 +1,170 @@
+"""The audit: invariants that the schema cannot hold by itself, each as a query for its violations.
+
+Read-only, bounded, on the primary; it repairs nothing. An empty result means that the invariant holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, LiteralString
+
+from nightmail.store.database import Connection
+
+SAMPLE = 20
+# More violations than this are not counted: the audit must stay small when everything is wrong.
+BOUND: LiteralString = " LIMIT 10000"
+
+
+@dataclass(frozen=True, slots=True)
+class Invariant:
+    """A sentence that must be true, and the query that finds where it is not (first column: an id)."""
+
+    name: str
+    sentence: str
+    violations: LiteralString
+
+
+INVARIANTS: tuple[Invariant, ...] = (
+    Invariant(
+        "queued",
+        "a message waits in the queue exactly while its state is scheduled",
+        """
+        SELECT m.id
+        FROM messages AS m
+        WHERE m.state = 'scheduled'
+          AND NOT EXISTS (SELECT FROM message_queue AS q WHERE q.message_id = m.id)
+        UNION ALL
+        SELECT q.message_id
+        FROM message_queue AS q
+        LEFT JOIN messages AS m ON m.id = q.message_id
+        WHERE m.id IS NULL
+           OR m.state IN ('sent', 'canceled', 'failed', 'ambiguous')
+        """,
+    ),
+    Invariant(
+        "sent_event",
+        "a message was sent if and only if it has one event that says so",
+        """
+        SELECT m.id
+        FROM messages AS m
+        WHERE m.state IN ('sent', 'delivered', 'bounced', 'complained')
+          AND m.sent_at IS NOT NULL
+          AND NOT EXISTS (
+              SELECT FROM message_events AS e
+              WHERE e.message_id = m.id AND e.recipient = '' AND e.kind = 'sent' AND e.provider_ref = ''
+          )
+        UNION ALL
+        SELECT e.message_id
+        FROM message_events AS e
+        LEFT JOIN messages AS m ON m.id = e.message_id
+        WHERE e.kind = 'sent'
+          AND (m.id IS NULL OR m.sent_at IS NULL)
+        """,
+    ),
+    Invariant(
+        "provider_id",
+        "a sent message names the provider's id",
+        """
+        SELECT id
+        FROM messages
+        WHERE state = 'sent'
+          AND provider_message_id IS NULL
+          AND NOT EXISTS (
+              SELECT FROM message_events AS e
+              WHERE e.message_id = messages.id AND e.kind = 'sent' AND e.data ? 'released'
+          )
+        """,
+    ),
+    Invariant(
+        "reserved",
+        "reserved units are those of messages that are scheduled or ambiguous",
+        """
+        SELECT org_id
+        FROM (
+            SELECT org_id, channel, env, period, rating, sum(reserved) AS reserved, 0 AS expected
+            FROM usage_records
+            GROUP BY org_id, channel, env, period, rating
+            UNION ALL
+            SELECT org_id, channel, env, period, rating, 0, sum(units)
+            FROM messages
+            WHERE state IN ('scheduled', 'ambiguous')
+            GROUP BY org_id, channel, env, period, rating
+        ) AS both_sides
+        GROUP BY org_id, channel, env, period, rating
+        HAVING sum(reserved) <> sum(expected)
+        """,
+    ),
+    Invariant(
+        "used",
+        "used units are those of the sent events: the message's own, or what the event says when fewer",
+        """
+        SELECT org_id
+        FROM (
+            SELECT org_id, channel, env, period, rating, sum(used) AS used, 0 AS expected
+            FROM usage_records
+            GROUP BY org_id, channel, env, period, rating
+            UNION ALL
+            SELECT m.org_id, m.channel, m.env, m.period, m.rating, 0,
+                   sum(coalesce((e.data ->> 'units')::bigint, m.units))
+            FROM message_events AS e
+            JOIN messages AS m ON m.id = e.message_id
+            WHERE e.kind = 'sent'
+            GROUP BY m.org_id, m.channel, m.env, m.period, m.rating
+        ) AS both_sides
+        GROUP BY org_id, channel, env, period, rating
+        HAVING sum(used) <> sum(expected)
+        """,
+    ),
+    Invariant(
+        "owned",
+        "every message belongs to an org",
+        """
+        SELECT m.id
+        FROM messages AS m
+        WHERE NOT EXISTS (SELECT FROM orgs AS o WHERE o.id = m.org_id)
+        """,
+    ),
+    Invariant(
+        "leased",
+        "a held queue row has a claim, and no claim ran out more than ten minutes ago",
+        """
+        SELECT q.message_id
+        FROM message_queue AS q
+        WHERE q.claim_id IS NOT NULL
+          AND NOT EXISTS (SELECT FROM claims AS c WHERE c.claim_id = q.claim_id)
+        UNION ALL
+        SELECT claim_id
+        FROM claims
+        WHERE lease_until < nm_now() - interval '10 minutes'
+        """,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """How an invariant fared: number of violations and the first ids."""
+
+    name: str
+    sentence: str
+    violations: int
+    first: list[str]
+
+
+async def audit(conn: Connection) -> list[Finding]:
+    """Check every invariant in one read-only snapshot."""
+    findings = []
+    async with conn.transaction():
+        await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        await conn.execute("SET LOCAL statement_timeout = 0")
+        for invariant in INVARIANTS:
+            rows: list[Any] = await (await conn.execute(invariant.violations + BOUND)).fetchall()
+            findings.append(
+                Finding(
+                    invariant.name,
+                    invariant.sentence,
+                    len(rows),
+                    [str(row[0]) for row in rows[:SAMPLE]],
+                )
+            )
+    return findings
