@@ -1,0 +1,439 @@
+"""The command line. Exit codes: 0 success, 1 a failed run or found violations, 2 bad usage or settings, 3 held by another."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+from uuid import UUID
+
+import psycopg
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from nightmail import __version__
+from nightmail.clock import now
+from nightmail.demo import run_demo
+from nightmail.engine.runner import RunOutcome
+from nightmail.engine.schedule import BadSlot, named_slot, next_slot
+from nightmail.errors import DatabaseAway, EmbeddedError, MigrationError, NightmailError, NotConfigured, SettingsError
+from nightmail.jobs.table import JOBS
+from nightmail.log import configure_logging
+from nightmail.main import Application, Servers, open_application, open_servers
+
+from nightmail.schema.migrate import migrate, pending
+from nightmail.serve import listen, serve, serve_workers, url_of
+from nightmail.settings import Settings, load
+from nightmail.store.api_keys import NewApiKey, insert_api_key
+from nightmail.store.audit import audit as audit_database
+from nightmail.store.doctor import examine
+from nightmail.store.orgs import NewOrg, create_org, get_org
+from nightmail.web.cron import render_outcome, render_tick
+
+T = TypeVar("T")
+
+
+class Exit(IntEnum):
+    """What the exit code tells a script."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    HELD = 3
+
+
+app = typer.Typer(
+    name="nightmail",
+    help="Messages and money, on schedule: a self-hosted back end for email and SMS.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+org_app = typer.Typer(help="Make tenants.", no_args_is_help=True)
+key_app = typer.Typer(help="Make API keys.", no_args_is_help=True)
+app.add_typer(org_app, name="org")
+app.add_typer(key_app, name="key")
+
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the embedded server; without it DATABASE_URL, else ./.nightmail", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+out = Console(highlight=False)
+
+
+def main() -> None:
+    """Run the command line; known errors are one line on standard error and an exit code, never a traceback."""
+    try:
+        app()
+    except (SettingsError, NotConfigured, EmbeddedError, MigrationError) as error:
+        fail(str(error), Exit.USAGE)
+    except DatabaseAway as error:
+        fail(f"PostgreSQL is away: {error}", Exit.FAILED)
+    except NightmailError as error:
+        fail(str(error), Exit.FAILED)
+
+
+def fail(message: str, code: Exit) -> NoReturn:
+    """Print why and end the process."""
+    for line in message.splitlines():
+        print(f"nightmail: {line}", file=sys.stderr)
+    raise SystemExit(int(code))
+
+
+def with_application(data: Path | None, work: Callable[[Application], Awaitable[T]]) -> T:
+    """Open servers, bring the schema up to date, and run `work` with an application over them."""
+    settings = load()
+    configure_logging(settings)
+    with open_servers(settings, data) as servers:
+        ensure_schema(settings, servers)
+
+        async def body() -> T:
+            async with open_application(settings, servers) as application:
+                return await work(application)
+
+        return uvloop.run(body())
+
+
+def ensure_schema(settings: Settings, servers: Servers) -> list[str]:
+    """Apply pending migrations, over the direct connection when there is one. Raises DatabaseAway."""
+    direct = settings.migrate_database_url
+    url = direct.get_secret_value() if direct else servers.database_url
+    try:
+        return migrate(url)
+    except psycopg.OperationalError as error:
+        raise DatabaseAway(str(error).strip().splitlines()[0]) from error
+
+
+def print_json(value: Any) -> None:
+    """Print one line of JSON."""
+    print(json.dumps(value, default=str, ensure_ascii=False))
+
+
+@app.command("serve")
+def serve_command(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8025,
+    data: Data = None,
+    no_scheduler: Annotated[bool, typer.Option("--no-scheduler", help="Answer calls only; fire no slots.")] = False,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes on the port.")] = 1,
+    socket_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Serve the API, the job routes and the dashboard; run the embedded scheduler."""
+    settings = load()
+    configure_logging(settings)
+    with ExitStack() as stack:
+        if socket_fd is not None:
+            listener = socket.socket(fileno=socket_fd)
+        else:
+            listener = stack.enter_context(listen(host, port))
+
+        def say_ready() -> None:
+            if ready_fd is not None:
+                os.write(ready_fd, b".")
+            else:
+                print(f"Nightmail is ready at {url_of(listener)}", flush=True)
+
+        servers = stack.enter_context(open_servers(settings, data))
+        if socket_fd is None:
+            try:
+                ensure_schema(settings, servers)
+            except DatabaseAway as error:
+                print(f"nightmail: PostgreSQL is away, serving 503 until it is back: {error}", file=sys.stderr)
+        if workers > 1:
+            arguments = ["serve", *(["--no-scheduler"] if no_scheduler else [])]
+            if data is not None:
+                arguments += ["--data", str(data)]
+            raise SystemExit(serve_workers(arguments, listener, workers, say_ready))
+        serve(settings, servers, listener, scheduler=not no_scheduler, on_ready=say_ready)
+
+
+@app.command("run")
+def run_command(
+    job: Annotated[str, typer.Argument(help="One of the thirteen; see `nightmail jobs`.")],
+    dry: Annotated[bool, typer.Option("--dry", help="Report what would happen; change nothing.")] = False,
+    deadline: Annotated[float | None, typer.Option(help="Seconds until the run must have answered.")] = None,
+    slot: Annotated[str | None, typer.Option(help="The slot this run is for, ISO 8601 with zone.")] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Run one job once and print its reply."""
+    spec = next((spec for spec in JOBS if spec.name == job), None)
+    if spec is None:
+        fail(f"no job named {job!r}; the jobs are: {', '.join(spec.name for spec in JOBS)}", Exit.USAGE)
+    settings = load()
+    if deadline is not None and not 1 <= deadline <= settings.job_deadline_max_s:
+        fail(f"--deadline must be between 1 and {settings.job_deadline_max_s:g} seconds", Exit.USAGE)
+    try:
+        named: datetime | None = named_slot(spec.schedule, slot, now()) if slot else None
+    except BadSlot as error:
+        fail(str(error), Exit.USAGE)
+
+    async def work(application: Application) -> RunOutcome:
+        return await application.engine.run(job, slot=named, trigger="cli", deadline_s=deadline, dry=dry)
+
+    outcome = with_application(data, work)
+    _, body = render_outcome(outcome)
+    if as_json:
+        print_json(body)
+    else:
+        print_outcome(outcome, body)
+    raise SystemExit(int(exit_of(outcome)))
+
+
+def exit_of(outcome: RunOutcome) -> Exit:
+    """Return the exit code of a run."""
+    if outcome.state == "succeeded":
+        return Exit.OK
+    if outcome.state == "deduplicated":
+        return Exit.HELD
+    return Exit.USAGE if outcome.state == "not_configured" else Exit.FAILED
+
+
+def print_outcome(outcome: RunOutcome, body: dict[str, Any]) -> None:
+    """Print a run for people."""
+    table = Table("result", "count", box=None, pad_edge=False)
+    for key, value in body.get("results", {}).items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    out.print(f"{outcome.job}: {outcome.state.replace('_', ' ')} in {outcome.duration_ms} ms, job {outcome.job_id}")
+    for line in [*body.get("missing", []), *([body["error"]] if "error" in body else [])]:
+        out.print(f"  {line}")
+    if body.get("results"):
+        out.print(table)
+    if outcome.more:
+        out.print("Work was left at the deadline: run it again.")
+
+
+@app.command("tick")
+def tick_command(
+    deadline: Annotated[float | None, typer.Option(help="Seconds until the tick must have answered.")] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Run every job whose newest slot has not succeeded."""
+
+    async def work(application: Application) -> dict[str, Any]:
+        return render_tick(await application.ticker.tick(trigger="cli", deadline_s=deadline))
+
+    body = with_application(data, work)
+    if as_json:
+        print_json(body)
+    else:
+        for ran in body["results"]["ran"]:
+            out.print(f"{ran['job']:<26} {ran['status']}")
+        out.print(f"waiting: {body['results']['waiting']}")
+    raise SystemExit(int(Exit.FAILED if any(r["status"] == "failed" for r in body["results"]["ran"]) else Exit.OK))
+
+
+@app.command("jobs")
+def jobs_command(as_json: Json = False) -> None:
+    """List the thirteen jobs, their paths and when they run next."""
+    rows = [
+        {
+            "job": spec.name,
+            "path": spec.path,
+            "schedule": spec.schedule,
+            "next": next_slot(spec.schedule, now()).isoformat(),
+            "built": spec.run is not None,
+        }
+        for spec in JOBS
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    width = max(len(spec.path) for spec in JOBS)
+    out.print(f"{'job':<24} {'path':<{width}} {'schedule (UTC)':<14} {'next':<12}", soft_wrap=True)
+    for spec in JOBS:
+        when = f"{next_slot(spec.schedule, now()):%d %b %H:%M}"
+        state = "" if spec.run is not None else "not built yet, answers 501"
+        out.print(f"{spec.name:<24} {spec.path:<{width}} {spec.schedule:<14} {when:<12} {state}", soft_wrap=True)
+
+
+@app.command("migrate")
+def migrate_command(data: Data = None, as_json: Json = False) -> None:
+    """Bring the schema up to date."""
+    settings = load()
+    with open_servers(settings, data) as servers:
+        applied = ensure_schema(settings, servers)
+    if as_json:
+        print_json({"applied": applied})
+    else:
+        out.print("\n".join(f"applied {name}" for name in applied) or "The schema is up to date.")
+
+
+@app.command("audit")
+def audit_command(data: Data = None, as_json: Json = False) -> None:
+    """Check the invariants; exit code 1 when one is violated."""
+
+    async def work(application: Application) -> list[dict[str, Any]]:
+        return [asdict(finding) for finding in await application.database.run(audit_database)]
+
+    findings = with_application(data, work)
+    if as_json:
+        print_json({"clean": not any(f["violations"] for f in findings), "invariants": findings})
+    else:
+        for finding in findings:
+            mark = "[red]✗[/red]" if finding["violations"] else "[green]✓[/green]"
+            out.print(f"{mark} {finding['name']:<12} {finding['sentence']}", soft_wrap=True)
+            if finding["violations"]:
+                out.print(f"    {finding['violations']} violations, first: {', '.join(finding['first'])}")
+    raise SystemExit(int(Exit.FAILED if any(f["violations"] for f in findings) else Exit.OK))
+
+
+@app.command("doctor")
+def doctor_command(data: Data = None, as_json: Json = False) -> None:
+    """Say what is configured, what is missing and what looks wrong."""
+    settings = load()
+    with open_servers(settings, data) as servers:
+        waiting = pending(servers.database_url)
+
+        async def body() -> list[dict[str, str]]:
+            async with open_application(settings, servers) as application:
+                return [asdict(check) for check in await application.database.run(examine)]
+
+        checks = uvloop.run(body())
+    checks.insert(
+        0, {"name": "nightmail", "state": "ok", "detail": f"{__version__}, Python {platform.python_version()}"}
+    )
+    checks.append(
+        {
+            "name": "schema",
+            "state": "warn" if waiting else "ok",
+            "detail": f"pending: {', '.join(waiting)}; run `nightmail migrate`" if waiting else "up to date",
+        }
+    )
+    checks += settings_checks(settings)
+    if as_json:
+        print_json({"ok": all(check["state"] != "bad" for check in checks), "checks": checks})
+    else:
+        marks = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "bad": "[red]✗[/red]"}
+        for check in checks:
+            out.print(f"{marks[check['state']]} {check['name']:<18} {check['detail']}")
+    raise SystemExit(int(Exit.FAILED if any(check["state"] == "bad" for check in checks) else Exit.OK))
+
+
+def settings_checks(settings: Settings) -> list[dict[str, str]]:
+    """Return what the settings alone tell."""
+
+    def check(name: str, state: str, detail: str) -> dict[str, str]:
+        return {"name": name, "state": state, "detail": detail}
+
+    checks = [check("environment", "ok", settings.nightmail_env)]
+    if settings.cron_secret:
+        checks.append(check("CRON_SECRET", "ok", f"{len(settings.cron_secret)} set"))
+    else:
+        checks.append(check("CRON_SECRET", "warn", "not set: job routes are open on loopback, closed elsewhere"))
+    if settings.admin_token is None:
+        checks.append(check("ADMIN_TOKEN", "warn", "not set: admin API and dashboard are open on loopback only"))
+    else:
+        checks.append(check("ADMIN_TOKEN", "ok", "set"))
+    checks.append(check("email", "ok", settings.email_provider))
+    checks.append(check("sms", "ok", settings.sms_provider))
+    if not settings.evidence_configured and "capture" not in (settings.email_provider, settings.sms_provider):
+        checks.append(
+            check(
+                "double sends",
+                "warn",
+                "no evidence channel (SES_CONFIGURATION_SET and SNS_TOPIC_ARNS): a call whose end is unknown is sent"
+                " again unless the org's policy is at_most_once",
+            )
+        )
+    return checks
+
+
+@app.command("demo")
+def demo_command(
+    once: Annotated[
+        bool, typer.Option("--once", help="Check every expectation and end; exit 1 if one failed.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; the next free one when it is taken.")] = 8025,
+    data: Annotated[Path, typer.Option(help="Folder of the demo's embedded server.")] = Path(".nightmail/demo"),
+) -> None:
+    """Start everything with two sample orgs, send a few hundred messages and show where they went."""
+    raise SystemExit(run_demo(data=data, port=port, once=once))
+
+
+@org_app.command("create")
+def org_create(
+    name: Annotated[str, typer.Argument(help="What people call the org.")],
+    plan: Annotated[str, typer.Option(help="free or pro.")] = "free",
+    billing: Annotated[
+        str | None, typer.Option(help="quota, prepaid or metered; free is quota, pro is metered.")
+    ] = None,
+    stripe_customer: Annotated[str | None, typer.Option(help="Stripe customer id, for overage.")] = None,
+    send_policy: Annotated[str, typer.Option(help="at_least_once or at_most_once.")] = "at_least_once",
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Make an org with a live and a test key; the keys are shown this once."""
+    choose("--plan", plan, ("free", "pro"))
+    billing = choose("--billing", billing or ("metered" if plan == "pro" else "quota"), ("quota", "prepaid", "metered"))
+    choose("--send-policy", send_policy, ("at_least_once", "at_most_once"))
+    if not 1 <= len(name) <= 200 or "\0" in name or not name.isprintable():
+        fail("NAME must have 1 to 200 printable characters", Exit.USAGE)
+    new = NewOrg(name, plan, billing, stripe_customer, send_policy)
+
+    async def work(application: Application) -> dict[str, str]:
+        view, live, test = await application.database.run(lambda conn: create_org(conn, new, actor="cli"))
+        return {"id": str(view.id), "live_key": live, "test_key": test}
+
+    made = with_application(data, work)
+    if as_json:
+        print_json(made)
+    else:
+        out.print(f"Org {name} is {made['id']}")
+        out.print(f"live key  {made['live_key']}\ntest key  {made['test_key']}")
+        out.print("The keys are not shown again.")
+
+
+@key_app.command("create")
+def key_create(
+    org: Annotated[str, typer.Argument(help="The org's id.")],
+    env: Annotated[str, typer.Option(help="live or test.")] = "live",
+    permission: Annotated[str, typer.Option(help="full_access or sending_access.")] = "full_access",
+    name: Annotated[str, typer.Option(help="What the key is for.")] = "made on the command line",
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Make an API key for an org; it is shown this once."""
+    choose("--env", env, ("live", "test"))
+    choose("--permission", permission, ("full_access", "sending_access"))
+    try:
+        org_id = UUID(org)
+    except ValueError:
+        fail("ORG must be the org's id, a UUID as `nightmail org create` printed it", Exit.USAGE)
+
+    async def work(application: Application) -> dict[str, str] | None:
+        async with application.database.connection() as conn:
+            if await get_org(conn, org_id) is None:
+                return None
+            view, token = await insert_api_key(conn, org_id=org_id, key=NewApiKey(name, env, permission), actor="cli")
+            return {"id": str(view.id), "key": token}
+
+    made = with_application(data, work)
+    if made is None:
+        fail(f"no org has the id {org}", Exit.USAGE)
+    if as_json:
+        print_json(made)
+    else:
+        out.print(f"{made['key']}\nThe key is not shown again.")
+
+
+def choose(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Return the value if it is allowed, else end with exit code 2."""
+    if value not in allowed:
+        fail(f"{option} must be {' or '.join(allowed)}, not {value!r}", Exit.USAGE)
+    return value

@@ -1,0 +1,168 @@
+"""The composition root: settings → servers → pools → providers → engine → ASGI app. The only place that names them all."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from starlette.applications import Starlette
+from valkey.asyncio import Valkey
+
+from nightmail.embedded import start
+from nightmail.engine.alerts import Alerts
+from nightmail.engine.crash import CrashPoints
+from nightmail.engine.runner import Engine
+from nightmail.engine.scheduler import Dispatcher, Scheduler
+from nightmail.engine.send_rate import build_send_rate, connect_valkey
+from nightmail.engine.tick import Ticker
+from nightmail.jobs.send_scheduled import work_lanes
+from nightmail.jobs.table import JOBS
+from nightmail.ports import EmailSender, Ports, SmsSender
+from nightmail.providers.aws_sms import AwsSmsSender
+from nightmail.providers.capture import CaptureSender
+from nightmail.providers.ses import SesSender
+from nightmail.providers.smtp import SmtpSender
+from nightmail.providers.sns import SnsSender
+from nightmail.schema.migrate import migrate
+from nightmail.settings import Settings
+from nightmail.store.database import Database
+from nightmail.web.app import create_app
+from nightmail.web.cron import cron_routes
+from nightmail.web.dashboard import dashboard_routes
+from nightmail.web.services import Services, template_environment
+
+DEFAULT_DATA = Path(".nightmail")
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Where PostgreSQL and Valkey are; `valkey_url` None means there is none and nothing depends on it."""
+
+    database_url: str
+    valkey_url: str | None
+
+
+@contextmanager
+def open_servers(settings: Settings, data: Path | None) -> Iterator[Servers]:
+    """Yield the configured servers, or the embedded ones in `data` for as long as the context lasts, migrated.
+
+    Raises EmbeddedError, MigrationError or DatabaseAway.
+    """
+    valkey_url = settings.valkey_url.get_secret_value() if settings.valkey_url else None
+    if settings.database_url is not None and data is None:
+        url = settings.database_url.get_secret_value()
+        yield Servers(url, valkey_url)
+        return
+    with start(data or DEFAULT_DATA, valkey=valkey_url is None) as embedded:
+        migrate(embedded.database_url)
+        yield Servers(embedded.database_url, valkey_url or embedded.valkey_url)
+
+
+@dataclass(slots=True)
+class Application:
+    """A process's open connections and the engine over them."""
+
+    settings: Settings
+    database: Database
+    valkey: Valkey | None
+    ports: Ports
+    engine: Engine
+    ticker: Ticker
+    alerts: Alerts
+    stopping: asyncio.Event
+    background: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def start_scheduler(self) -> None:
+        """Fire slots and work due messages in this process until `stopping` is set."""
+        scheduler = Scheduler(self.engine, self.stopping)
+        dispatcher = Dispatcher(self.engine, "send-scheduled", work_lanes, self.stopping)
+        self.background += [asyncio.create_task(scheduler.run()), asyncio.create_task(dispatcher.run())]
+
+
+@asynccontextmanager
+async def open_application(settings: Settings, servers: Servers) -> AsyncIterator[Application]:
+    """Open pools and providers, and close them in the reverse order. Raises NotConfigured."""
+    stopping = asyncio.Event()
+    database = Database(servers.database_url, pool_max=settings.db_pool_max, pooler=settings.db_pooler)
+    valkey = connect_valkey(servers.valkey_url) if servers.valkey_url else None
+    ports = Ports(
+        email=build_email_sender(settings),
+        sms=build_sms_sender(settings),
+        send_rate=build_send_rate(settings, database, valkey),
+    )
+    alerts = Alerts(JOBS, database, ports, settings)
+    crash = CrashPoints.parse(settings.nightmail_crash)
+    engine = Engine(JOBS, database, ports, settings, socket.gethostname(), stopping, crash, alerts)
+    await database.open()
+    application = Application(settings, database, valkey, ports, engine, Ticker(engine), alerts, stopping)
+    try:
+        yield application
+    finally:
+        stopping.set()
+        await asyncio.gather(*application.background, return_exceptions=True)
+        await engine.close()
+        await alerts.close()
+        await ports.email.close()
+        await ports.sms.close()
+        if valkey is not None:
+            await valkey.aclose()
+        await database.close()
+
+
+def build_email_sender(settings: Settings) -> EmailSender:
+    """Return the configured email provider. Raises NotConfigured."""
+    if settings.email_provider == "ses":
+        return SesSender(
+            region=None,
+            configuration_set=settings.ses_configuration_set,
+            concurrency=settings.send_concurrency,
+            timeout_s=settings.provider_call_s,
+        )
+    if settings.email_provider == "smtp" and settings.smtp_url is not None:
+        return SmtpSender(url=settings.smtp_url.get_secret_value(), concurrency=settings.send_concurrency)
+    return CaptureSender()
+
+
+def build_sms_sender(settings: Settings) -> SmsSender:
+    """Return the configured SMS provider. Raises NotConfigured."""
+    if settings.sms_provider == "aws-sms":
+        return AwsSmsSender(
+            region=None,
+            origination_identity=settings.sms_sender,
+            configuration_set=settings.sms_configuration_set,
+            concurrency=settings.send_concurrency,
+            timeout_s=settings.provider_call_s,
+        )
+    if settings.sms_provider == "sns":
+        return SnsSender(
+            region=None,
+            sender=settings.sms_sender,
+            concurrency=settings.send_concurrency,
+            timeout_s=settings.provider_call_s,
+        )
+    return CaptureSender()
+
+
+def build_web(application: Application, bound_host: str) -> Starlette:
+    """Return the ASGI app: API, job routes and pages over one application."""
+    services = Services(
+        settings=application.settings,
+        database=application.database,
+        valkey=application.valkey,
+        bound_host=bound_host,
+        templates=template_environment(),
+        engine=application.engine,
+        ports=application.ports,
+    )
+    return create_app(
+        services,
+        extra_routes=[
+            *cron_routes(application.engine, application.ticker, application.settings, bound_host),
+            *dashboard_routes(services, application.engine),
+        ],
+    )

@@ -1,0 +1,1 @@
+"""HTTP in, JSON and pages out: no SQL and no business rule."""

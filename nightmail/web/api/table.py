@@ -1,0 +1,17 @@
+"""Every operation of the API, in the order of the documentation; the one list that routes and OpenAPI are made from."""
+
+from __future__ import annotations
+
+from nightmail.web.api import api_keys, emails, health, not_built, orgs, sms, suppressions, usage
+from nightmail.web.operation import Operation
+
+OPERATIONS: tuple[Operation, ...] = (
+    *emails.OPERATIONS,
+    *sms.OPERATIONS,
+    *suppressions.OPERATIONS,
+    *api_keys.OPERATIONS,
+    *usage.OPERATIONS,
+    *orgs.OPERATIONS,
+    *health.OPERATIONS,
+    *not_built.OPERATIONS,
+)

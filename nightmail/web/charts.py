@@ -1,0 +1,65 @@
+"""Geometry of the pages' small plots: numbers in, coordinates out. The templates draw them as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from nightmail.store.overview import MINUTES_DRAWN, RunView
+from nightmail.web.wording import amount, duration
+
+SPARK_HEIGHT, SPARK_STEP, SPARK_BAR = 22, 5, 3
+PLOT_HEIGHT, PLOT_STEP, PLOT_BAR = 96, 24, 19
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One upright bar; `tone` is the class that colours it, `label` what a pointer at rest reads."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    tone: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Bars over a base line; `top` is the value at full height, `total` their sum."""
+
+    width: int
+    height: int
+    bars: Sequence[Bar]
+    top: int
+    total: int
+
+
+def draw_runs(runs: Sequence[RunView]) -> Plot:
+    """Draw one bar per run, oldest left; the square root keeps short runs visible beside long ones."""
+    top = max((run.duration_ms or 0 for run in runs), default=0)
+    bars = []
+    for index, run in enumerate(runs):
+        share = ((run.duration_ms or 0) / top) ** 0.5 if top else 0.0
+        height = round(max(2.0, share * SPARK_HEIGHT), 1)
+        took = duration(run.duration_ms) if run.duration_ms is not None else "running"
+        label = f"{run.started_at:%d %b %H:%M:%S} UTC, {run.state}, {took}"
+        x = index * SPARK_STEP + (SPARK_STEP - SPARK_BAR) / 2
+        bars.append(Bar(x, SPARK_HEIGHT - height, SPARK_BAR, height, run.state, label))
+    return Plot(len(runs) * SPARK_STEP, SPARK_HEIGHT, bars, top, len(runs))
+
+
+def draw_minutes(this_minute: datetime, counts: Mapping[datetime, int]) -> Plot:
+    """Draw one bar per minute of the last half hour, this minute at the right edge."""
+    minutes = [this_minute - timedelta(minutes=back) for back in reversed(range(MINUTES_DRAWN))]
+    values = [counts.get(minute, 0) for minute in minutes]
+    top = max(values)
+    bars = []
+    for index, (minute, value) in enumerate(zip(minutes, values, strict=True)):
+        if value:
+            height = round(max(2.0, value / top * PLOT_HEIGHT), 1)
+            label = f"{minute:%H:%M} UTC: {amount(value)} sent"
+            x = index * PLOT_STEP + (PLOT_STEP - PLOT_BAR) / 2
+            bars.append(Bar(x, PLOT_HEIGHT - height, PLOT_BAR, height, "sent", label))
+    return Plot(MINUTES_DRAWN * PLOT_STEP, PLOT_HEIGHT, bars, top, sum(values))
