@@ -43,6 +43,9 @@ chaos: $(STAMP) ## Kill runners for a minute under load and account for every me
 simulate: $(STAMP) ## Run 20,000 seeded interleavings over real PostgreSQL
 	@$(BIN)/python -m tests.simulation --seeds 20000
 
+docs: $(STAMP) ## Write the generated pages again
+	@$(BIN)/python scripts/settings_page.py > docs/settings.md
+
 lock: ## Pin the dependencies again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 pyproject.toml -o requirements.lock
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 pyproject.toml --group dev -o requirements-dev.lock

@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import UUID
 
 import structlog
@@ -60,6 +60,14 @@ class _State:
     leased_until: float = 0.0
     left: int = 0
     refused_until: float = 0.0
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def take_leased(self, now: float) -> float | None:
+        """Use up one leased request: return 0, the seconds to wait while refused, or None to ask Valkey."""
+        if self.leased > 0 and now < self.leased_until:
+            self.leased -= 1
+            return 0.0
+        return self.refused_until - now if now < self.refused_until else None
 
 
 class RateLimiter:
@@ -85,38 +93,45 @@ class RateLimiter:
             state = self._states[key] = _State()
         now = self._clock()
         if self._valkey is not None and now >= self._open_until:
-            wait = await self._take_shared(self._valkey, key, rate, state, now)
+            wait = await self._take_shared(self._valkey, key, rate, state)
         else:
             wait = _take_alone(rate, state, now)
         if wait > 0:
             raise _too_many(rate, wait)
         return headers(rate, state.left + state.leased, 1)
 
-    async def _take_shared(self, valkey: Valkey, key: UUID, rate: int, state: _State, now: float) -> float:
-        if state.leased > 0 and now < state.leased_until:
-            state.leased -= 1
-            return 0.0
-        if now < state.refused_until:
-            return state.refused_until - now
-        # One caller finds out whether a doubtful Valkey is back; the others count alone meanwhile.
+    async def _take_shared(self, valkey: Valkey, key: UUID, rate: int, state: _State) -> float:
+        """Count one request against what Valkey granted; return 0 or the seconds to wait."""
+        wait = state.take_leased(self._clock())
+        if wait is not None:
+            return wait
+        # One request of a key asks for all that came meanwhile; each for itself would lease the whole limit away.
+        async with state.asking:
+            wait = state.take_leased(self._clock())
+            if wait is not None:
+                return wait
+            if self._clock() < self._open_until or not await self._lease(valkey, key, rate, state):
+                return _take_alone(rate, state, self._clock())
+        return state.take_leased(self._clock()) or 0.0
+
+    async def _lease(self, valkey: Valkey, key: UUID, rate: int, state: _State) -> bool:
+        """Ask Valkey for a lease or a refusal; return whether it answered."""
         if self._open_until:
-            self._open_until = now + CIRCUIT_S
+            # This request finds out whether Valkey is back; the others count alone meanwhile.
+            self._open_until = self._clock() + CIRCUIT_S
         try:
             async with asyncio.timeout(VALKEY_TIMEOUT_S):
                 granted, left, wait_us = await _ask(valkey, key, max(1, rate // 10), rate)
         except (TimeoutError, OSError, ValkeyError) as error:
             self._open_until = self._clock() + CIRCUIT_S
             structlog.get_logger().warning("rate_limit.valkey_away", error=type(error).__name__, retry_s=CIRCUIT_S)
-            return _take_alone(rate, state, now)
+            return False
         self._open_until = 0.0
+        now = self._clock()
+        state.leased, state.leased_until, state.left = granted, now + LEASE_S, left
         if granted == 0:
-            wait = max(wait_us, 1) / 1e6
-            state.refused_until, state.left, state.leased = now + wait, 0, 0
-            return wait
-        # Added, not set: two requests may have asked at the same time.
-        state.leased = granted - 1 + (state.leased if now < state.leased_until else 0)
-        state.leased_until, state.left = now + LEASE_S, left
-        return 0.0
+            state.refused_until = now + max(wait_us, 1) / 1e6
+        return True
 
 
 async def _ask(valkey: Valkey, key: UUID, wanted: int, rate: int) -> tuple[int, int, int]:

@@ -75,7 +75,7 @@ class Server:
     def rows(self, query: str, *arguments: Any) -> list[tuple[Any, ...]]:
         """Ask the database itself."""
         with psycopg.connect(self.conninfo, autocommit=True) as connection:
-            cursor = connection.execute(query, arguments)  # type: ignore[call-overload]
+            cursor = connection.execute(query, arguments)
             return cursor.fetchall() if cursor.description else []
 
     def counts(self) -> dict[str, int]:
@@ -83,8 +83,8 @@ class Server:
         with psycopg.connect(self.conninfo, autocommit=True) as connection:
             counted: dict[str, int] = {}
             for table in TABLES:
-                row = connection.execute(f"SELECT count(*) FROM {table}").fetchone()  # type: ignore[call-overload]
-                counted[table] = row[0]
+                row = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+                counted[table] = row[0] if row else 0
             return counted
 
 

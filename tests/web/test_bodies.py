@@ -101,7 +101,9 @@ def test_bodies_over_one_mebibyte_are_refused(server: Server, org: Org) -> None:
     padding = b'{"email":"a@example.org"' + b" " * (1_048_576 - 25) + b"}"
     assert len(padding) == 1_048_576
     assert post(server, "/suppressions", org.live_key, padding)[0] == 201
-    for body in (padding + b" ", iter([padding, b" "]), iter([b" " * 4096] * 400)):
+    bodies: list[Any] = [padding + b" ", iter([padding, b" "]), iter([b" " * 4096] * 400)]
+    body: Any
+    for body in bodies:
         headers = {} if isinstance(body, bytes) else {"Transfer-Encoding": "chunked"}
         status, answer = post(server, "/suppressions", org.live_key, body, **headers)
         assert (status, answer["name"]) == (413, "payload_too_large")
@@ -137,5 +139,6 @@ def test_a_length_that_is_too_large_is_refused_without_reading(server: Server, o
 
 
 def test_the_bodies_that_the_python_sdk_sends_with_get_are_ignored(server: Server, org: Org) -> None:
-    for body in ({}, {"x": 1}, []):
+    bodies: list[Any] = [{}, {"x": 1}, []]
+    for body in bodies:
         assert server.call("GET", "/emails", org.live_key, body).ok

@@ -46,8 +46,8 @@ WRONG_TEXT = {
 FREE = {"html", "text", "body"}
 # Where these values are right.
 RIGHT = {
-    ("filename", "boolean"), ("headers", "object"), ("data", "list of lists"), ("id", "line end"), ("id", "long"), ("id", "blank"),
-    ("id", "control"), ("id", "separator"), ("subject", "blank"),
+    ("filename", "boolean"), ("headers", "object"), ("data", "list of lists"), ("id", "line end"), ("id", "long"),
+    ("id", "blank"), ("id", "control"), ("id", "separator"), ("subject", "blank"),
 }  # fmt: skip
 
 

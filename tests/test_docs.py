@@ -1,0 +1,104 @@
+"""What the documents promise: commands exist, links lead somewhere, examples run, generated pages are fresh."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import resend
+
+from nightmail.cli import app
+from nightmail.jobs.table import JOBS
+from nightmail.settings import Settings
+from tests.web.serving import serving
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+TEXTS = {name: (ROOT / name).read_text() for name in PAGES}
+README = TEXTS["README.md"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Return the code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name, text in TEXTS.items():
+        named = set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE))
+        assert named <= targets, name
+
+
+def test_every_command_that_is_named_exists() -> None:
+    commands = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    for name, text in TEXTS.items():
+        named = set(re.findall(r"(?:\.venv/bin/|`)nightmail ([a-z]+)", text))
+        assert named <= commands, name
+    assert {"serve", "demo", "jobs", "org", "doctor", "audit"} <= commands
+
+
+def test_every_local_link_and_image_leads_somewhere() -> None:
+    for name, text in TEXTS.items():
+        links = re.findall(r"\]\(([^)#][^)]*)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+        for link in links:
+            assert link.startswith("https://") or (ROOT / link).exists(), f"{name}: {link}"
+        for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+            headings = {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+            assert anchor in headings, f"{name}: #{anchor}"
+
+
+def test_pictures_are_small_enough_to_be_in_a_repository() -> None:
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 300_000, picture.name
+
+
+def test_the_readme_is_honest_about_what_is_not_built() -> None:
+    section = README.partition("## What is not built yet")[2].partition("\n## ")[0]
+    unbuilt = {spec.name for spec in JOBS if spec.run is None}
+    assert set(re.findall(r"`([a-z-]+)`", section)) & {spec.name for spec in JOBS} == unbuilt
+    numbers = {1: "one", 2: "two", 10: "ten", 11: "eleven"}
+    built = len(JOBS) - len(unbuilt)
+    assert f"{numbers[built]} of the thirteen jobs are there, {numbers[len(unbuilt)]} are not" in README
+    assert f"These {numbers[len(unbuilt)]} jobs" in section
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    names = {name.upper() for name in Settings.model_fields}
+    rows = re.findall(r"^\| ((?:`[A-Z_=a-z]+`(?:, )?)+) \|", README, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([A-Z_]+)", row)}
+    assert named
+    assert named <= names
+
+
+def test_the_settings_page_is_what_the_settings_say() -> None:
+    made = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "settings_page.py")], capture_output=True, text=True, check=True
+    )
+    hint = "run: .venv/bin/python scripts/settings_page.py > docs/settings.md"
+    assert made.stdout == (ROOT / "docs" / "settings.md").read_text(), hint
+
+
+def test_the_examples_of_the_readme_send_mail(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (curl,) = (block for block in blocks(README, "sh") if block.startswith("curl "))
+    arguments = shlex.split(curl)
+    body: dict[str, Any] = json.loads(arguments[arguments.index("-d") + 1])
+    (script,) = blocks(README, "python")
+    for variable in [name for name in os.environ if name.startswith("RESEND_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(resend, "api_key", None)
+    monkeypatch.setattr(resend, "api_url", resend.api_url)
+    with serving(database_url) as server:
+        org = server.make_org()
+        monkeypatch.setenv("NIGHTMAIL_KEY", org.live_key)
+        answer = server.call("POST", arguments[1].removeprefix("http://127.0.0.1:8025"), org.live_key, body)
+        assert answer.status_code == 200, answer.text
+        exec(script.replace("http://127.0.0.1:8025", server.url), {})
+        assert server.rows("SELECT count(*) FROM messages") == [(2,)]
