@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, venv and make; uses uv when it is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-crash lint format bench chaos simulate docs lock clean
+.PHONY: help setup demo test test-node lint format bench chaos simulate docs lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,6 +22,10 @@ demo: $(STAMP) ## Start everything with two sample orgs and show it until Ctrl-C
 
 test: $(STAMP) ## Run the tests (under 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-node: $(STAMP) ## Run the official Node SDK against Nightmail (needs npm)
+	@npm install --silent --no-audit --no-fund --prefix .node resend@6.38.0
+	@NODE_RESEND=$(CURDIR)/.node $(BIN)/python -m pytest tests/node
 
 lint: $(STAMP) ## Formatting, lint, types, import contracts, migrations
 	@$(BIN)/ruff format --check .
@@ -51,4 +55,4 @@ lock: ## Pin the dependencies again (needs uv)
 	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 pyproject.toml --group dev -o requirements-dev.lock
 
 clean: ## Remove what setup, demo and tests made
-	rm -rf $(VENV) .nightmail .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .node .nightmail .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -53,6 +53,8 @@ async def run(ctx: JobContext) -> JobResult:
     if ctx.dry:
         backlog = await ctx.database.run(queue.count_backlog)
         return JobResult({**dict.fromkeys(KEYS, 0), "claimed": backlog.due})
+    # Once a run, not each time a dispatcher works a lane: with 20,000 hints it takes 0.2 s.
+    await ctx.database.run(queue.prune_turns)
     counts, more = await work_lanes(ctx, (*LIVE_LANES, "test"))
     return JobResult({key: counts[key] for key in KEYS}, more)
 
@@ -63,7 +65,6 @@ async def work_lanes(ctx: JobContext, lanes: Sequence[str]) -> tuple[Counter[str
     Raises DatabaseAway when PostgreSQL went away; what was begun is then with its claims, to be rescued.
     """
     await ctx.database.run(partial(queue.rescue_expired, evidence_wait_s=evidence_wait_s(ctx)))
-    await ctx.database.run(queue.prune_turns)
     results = await asyncio.gather(
         *(drain_test(ctx) if lane == "test" else LaneRun(ctx, lane).drain() for lane in lanes), return_exceptions=True
     )

@@ -166,13 +166,15 @@ CREATE TABLE recipient_outcomes (
 CREATE TABLE suppressions (
     id uuid PRIMARY KEY,
     org_id uuid NOT NULL REFERENCES orgs (id),
+    env text COLLATE "C" NOT NULL CHECK (env IN ('live', 'test')),
     channel text COLLATE "C" NOT NULL CHECK (channel IN ('email', 'sms')),
     address text NOT NULL,
     origin text NOT NULL CHECK (origin IN ('manual', 'bounce', 'complaint', 'stop', 'unsubscribe')),
     reason text,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    UNIQUE (org_id, channel, address)
+    UNIQUE (org_id, env, channel, address)
 );
+CREATE INDEX suppressions_list ON suppressions (org_id, env, channel, id);
 
 -- Reserved at accept, turned into use by the record step, summed over shards on read: one shard alone may be negative.
 CREATE TABLE usage_records (

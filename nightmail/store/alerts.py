@@ -41,6 +41,7 @@ class Change:
 # `newest` reads the end of job_runs_by_job. Rows of the dispatcher are no runs of a slot: they only count as items.
 # no_success: only slots since the first run on record, so that a fresh installation is not late for last month.
 # Two evaluations at once: the unique index alerts_open lets one open an alert, the row lock lets one close it.
+# BETWEEN and job in the order: as in store.overview, the planner must walk the index of the job, not of all times.
 EVALUATE = """
 WITH watched AS MATERIALIZED (
     SELECT job, overdue_slot, slow_ms, total_key
@@ -52,10 +53,10 @@ WITH watched AS MATERIALIZED (
     CROSS JOIN LATERAL (
         SELECT state, error, duration_ms, deadline_s
         FROM job_runs
-        WHERE job = w.job
+        WHERE job BETWEEN w.job AND w.job
           AND state IN ('succeeded', 'failed', 'interrupted')
           AND trigger <> 'dispatcher'
-        ORDER BY started_at DESC
+        ORDER BY job DESC, started_at DESC
         LIMIT 1
     ) AS r
 ), items AS MATERIALIZED (

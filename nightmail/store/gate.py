@@ -55,6 +55,7 @@ WITH mine AS MATERIALIZED (
             SELECT s.address
             FROM suppressions AS s
             WHERE s.org_id = m.org_id
+              AND s.env = m.env
               AND s.channel = m.channel
               AND s.address = ANY (m.addresses)
             LIMIT 50

@@ -137,7 +137,9 @@ async def renew_claims(conn: Connection, claim_ids: Sequence[UUID], *, lease_s: 
 # The second condition heals a lease written before the database's clock was set back. A row whose call had begun
 # waits for evidence before it is due again; takeovers counts only such rows. Locks: claims, then rows in id order.
 # SKIP LOCKED on the rows too: a runner frozen within a transaction must not hold up everybody's rescue. Its rows, and
-# with them its claim, are left for the next rescue; a claim never ends before its rows are free.
+# with them its claim, are left for the next rescue; a claim never ends before its rows are free. Arrays instead of
+# joins, as in the claim: with stale statistics a merge join walked the whole queue. OFFSET 0 for the same reason: it
+# keeps NOT EXISTS one probe per claim. NOT IN, because it is hashed.
 RESCUE = """
 WITH dead AS MATERIALIZED (
     SELECT claim_id
@@ -150,9 +152,9 @@ WITH dead AS MATERIALIZED (
 ), held AS MATERIALIZED (
     SELECT q.message_id
     FROM message_queue AS q
-    JOIN dead ON dead.claim_id = q.claim_id
+    WHERE q.claim_id = ANY (ARRAY(SELECT claim_id FROM dead))
     ORDER BY q.message_id
-    FOR UPDATE OF q SKIP LOCKED
+    FOR UPDATE SKIP LOCKED
 ), freed AS (
     UPDATE message_queue AS q
     SET claim_id = NULL,
@@ -161,8 +163,7 @@ WITH dead AS MATERIALIZED (
             WHEN q.intent_at IS NULL THEN q.due_at
             ELSE greatest(q.due_at, q.intent_at + make_interval(secs => %(evidence_wait_s)s))
         END
-    FROM held
-    WHERE q.message_id = held.message_id
+    WHERE q.message_id = ANY (ARRAY(SELECT message_id FROM held))
     RETURNING q.lane, q.org_id, q.due_at
 ), turns AS (
     INSERT INTO queue_turns (lane, due_minute, org_id)
@@ -178,7 +179,8 @@ WITH dead AS MATERIALIZED (
           SELECT
           FROM message_queue AS q
           WHERE q.claim_id = c.claim_id
-            AND q.message_id <> ALL (ARRAY(SELECT message_id FROM held))
+            AND q.message_id NOT IN (SELECT message_id FROM held)
+          OFFSET 0
       )
     RETURNING c.claim_id
 )
@@ -210,8 +212,7 @@ WITH held AS MATERIALIZED (
 ), freed AS (
     UPDATE message_queue AS q
     SET claim_id = NULL
-    FROM held
-    WHERE q.message_id = held.message_id
+    WHERE q.message_id = ANY (ARRAY(SELECT message_id FROM held))
     RETURNING q.lane, q.org_id
 ), turns AS (
     INSERT INTO queue_turns (lane, due_minute, org_id)
@@ -227,7 +228,7 @@ SELECT count(*) FROM freed
 END_CLAIMS = """
 DELETE FROM claims AS c
 WHERE c.claim_id = ANY (%(claim_ids)s)
-  AND NOT EXISTS (SELECT FROM message_queue AS q WHERE q.claim_id = c.claim_id)
+  AND NOT EXISTS (SELECT FROM message_queue AS q WHERE q.claim_id = c.claim_id OFFSET 0)
 RETURNING c.claim_id
 """
 

@@ -1,6 +1,7 @@
 """suppressions: recipients an org must not send to; the gate looks here just before each call.
 
-An org's suppressions hold for both of its envs. Every write locks rows in address order.
+Each env has its own, so that a test key can neither read nor lift what protects live recipients. Every write locks
+rows in address order.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class SuppressionView:
 
 # The update changes nothing; it makes the row that is there come back, and waits for one being written.
 ADD = """
-INSERT INTO suppressions AS s (id, org_id, channel, address, origin, reason)
-SELECT new.id, %(org_id)s, %(channel)s, new.address, %(origin)s, %(reason)s
+INSERT INTO suppressions AS s (id, org_id, env, channel, address, origin, reason)
+SELECT new.id, %(org_id)s, %(env)s, %(channel)s, new.address, %(origin)s, %(reason)s
 FROM unnest(%(ids)s::uuid[], %(addresses)s::text[]) AS new (id, address)
 ORDER BY new.address
-ON CONFLICT (org_id, channel, address) DO UPDATE SET address = excluded.address
+ON CONFLICT (org_id, env, channel, address) DO UPDATE SET address = excluded.address
 RETURNING s.id, s.channel, s.address, s.origin, s.reason, s.created_at
 """
 
@@ -45,6 +46,7 @@ async def add_suppressions(
     conn: Connection,
     *,
     org_id: UUID,
+    env: str,
     channel: str,
     addresses: Sequence[str],
     origin: Origin,
@@ -58,6 +60,7 @@ async def add_suppressions(
             ADD,
             {
                 "org_id": org_id,
+                "env": env,
                 "channel": channel,
                 "origin": origin,
                 "reason": reason,
@@ -74,15 +77,18 @@ GET = """
 SELECT id, channel, address, origin, reason, created_at
 FROM suppressions
 WHERE org_id = %(org_id)s
+  AND env = %(env)s
   AND (id = %(id)s OR (channel = %(channel)s AND address = %(address)s))
 """
 
 
 async def get_suppression(
-    conn: Connection, *, org_id: UUID, suppression_id: UUID | None, channel: str | None, address: str | None
+    conn: Connection, *, org_id: UUID, env: str, suppression_id: UUID | None, channel: str | None, address: str | None
 ) -> SuppressionView | None:
     """Return one by its id, or by channel and normalised address; None when it is not there."""
-    cursor = await conn.execute(GET, {"org_id": org_id, "id": suppression_id, "channel": channel, "address": address})
+    cursor = await conn.execute(
+        GET, {"org_id": org_id, "env": env, "id": suppression_id, "channel": channel, "address": address}
+    )
     row = await cursor.fetchone()
     return SuppressionView(*row) if row else None
 
@@ -91,6 +97,7 @@ LIST = """
 SELECT id, channel, address, origin, reason, created_at
 FROM suppressions
 WHERE org_id = %(org_id)s
+  AND env = %(env)s
   AND channel = %(channel)s
   AND (%(origin)s::text IS NULL OR origin = %(origin)s)
   AND (%(after)s::uuid IS NULL OR id < %(after)s)
@@ -102,6 +109,7 @@ LIST_BEFORE = """
 SELECT id, channel, address, origin, reason, created_at
 FROM suppressions
 WHERE org_id = %(org_id)s
+  AND env = %(env)s
   AND channel = %(channel)s
   AND (%(origin)s::text IS NULL OR origin = %(origin)s)
   AND id > %(before)s
@@ -114,6 +122,7 @@ async def list_suppressions(
     conn: Connection,
     *,
     org_id: UUID,
+    env: str,
     channel: str,
     origin: str | None,
     limit: int,
@@ -123,6 +132,7 @@ async def list_suppressions(
     """Return up to `limit` suppressions, newest first, and whether there are more in the direction asked."""
     arguments: dict[str, Any] = {
         "org_id": org_id,
+        "env": env,
         "channel": channel,
         "origin": origin,
         "limit": limit,
@@ -140,6 +150,7 @@ WITH unwanted AS MATERIALIZED (
     SELECT id
     FROM suppressions
     WHERE org_id = %(org_id)s
+  AND env = %(env)s
       AND (id = ANY (%(ids)s) OR (channel = %(channel)s AND address = ANY (%(addresses)s)))
     ORDER BY channel, address
     FOR UPDATE
@@ -155,6 +166,7 @@ async def remove_suppressions(
     conn: Connection,
     *,
     org_id: UUID,
+    env: str,
     actor: str,
     ids: Sequence[UUID] = (),
     channel: str | None = None,
@@ -164,7 +176,7 @@ async def remove_suppressions(
     async with conn.transaction():
         cursor = await conn.execute(
             REMOVE,
-            {"org_id": org_id, "ids": list(ids), "channel": channel, "addresses": list(addresses)},
+            {"org_id": org_id, "env": env, "ids": list(ids), "channel": channel, "addresses": list(addresses)},
         )
         views = [SuppressionView(*row) for row in await cursor.fetchall()]
         await _audit(conn, "suppression.removed", org_id, views, actor)

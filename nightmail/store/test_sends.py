@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from nightmail.store.database import Connection
 from nightmail.store.queue import TURNS_READ
-from nightmail.store.usage_records import Settlement, settle
+from nightmail.store.usage_records import SHARDS
 
 # The claim is the one of store.queue (same order, same fairness) with a DELETE where that has an UPDATE: the row is
 # finished in this very transaction. LATERAL with a LIMIT keeps the suppression look-up an index probe per address.
+# Usage is settled here too, in key order: one round trip instead of four is an eighth more a second, and whoever holds
+# a usage row waits for none of these messages, whose queue rows are ours.
 FINISH_TEST = """
 WITH turn AS MATERIALIZED (
     SELECT org_id
@@ -73,6 +75,7 @@ WITH turn AS MATERIALIZED (
             SELECT s.address
             FROM suppressions AS s
             WHERE s.org_id = m.org_id
+              AND s.env = m.env
               AND s.channel = m.channel
               AND s.address = ANY (m.addresses)
             LIMIT 50
@@ -103,11 +106,17 @@ WITH turn AS MATERIALIZED (
                ELSE jsonb_build_object('suppressed', d.suppressed, 'units', d.used)
            END
     FROM decided AS d
+), usage AS (
+    INSERT INTO usage_records AS u (org_id, channel, env, period, rating, shard, reserved, used)
+    SELECT org_id, channel, 'test', period, rating, %(shard)s, -sum(units), sum(used)
+    FROM decided
+    GROUP BY org_id, channel, period, rating
+    ORDER BY org_id, channel, period, rating
+    ON CONFLICT (org_id, channel, env, period, rating, shard)
+    DO UPDATE SET reserved = u.reserved + excluded.reserved, used = u.used + excluded.used
 )
-SELECT org_id, channel, period, rating, sum(units)::bigint, sum(used)::bigint, count(*), count(*) FILTER (WHERE is_sent)
+SELECT count(*), count(*) FILTER (WHERE is_sent)
 FROM decided
-GROUP BY org_id, channel, period, rating
-ORDER BY org_id, channel, period, rating
 """
 
 
@@ -123,17 +132,8 @@ class TestCounts:
 
 
 async def finish_due_test_messages(conn: Connection, *, limit: int, shard: int) -> TestCounts:
-    """Finish up to `limit` due test messages: state, event, outcomes and usage in one transaction."""
-    async with conn.transaction():
-        cursor = await conn.execute(FINISH_TEST, {"limit": limit, "turns": TURNS_READ})
-        rows = await cursor.fetchall()
-        await settle(
-            conn,
-            [
-                Settlement(org, channel, "test", period, rating, reserved, used)
-                for org, channel, period, rating, reserved, used, _, _ in rows
-            ],
-            shard=shard,
-        )
-    claimed, sent = sum(row[6] for row in rows), sum(row[7] for row in rows)
+    """Finish up to `limit` due test messages: state, event, outcomes and usage in one statement."""
+    arguments = {"limit": limit, "turns": TURNS_READ, "shard": shard % SHARDS}
+    cursor = await conn.execute(FINISH_TEST, arguments)
+    claimed, sent = await cursor.fetchone() or (0, 0)
     return TestCounts(claimed=claimed, sent=sent, canceled=claimed - sent)

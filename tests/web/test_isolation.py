@@ -27,11 +27,9 @@ def test_ids_of_another_org_are_not_found(server: Server, org: Org, operation: O
     assert owners.ok or owners.json()["name"] == "not_ambiguous", owners.text
 
 
-# Suppressions hold for both envs of an org.
-OF_ONE_ENV = [operation for operation in WITH_ID if operation.tag != "Suppressions"]
 
 
-@pytest.mark.parametrize("operation", OF_ONE_ENV, ids=name_of)
+@pytest.mark.parametrize("operation", WITH_ID, ids=name_of)
 @pytest.mark.parametrize("owner", ["live", "test"])
 def test_ids_of_the_other_env_are_not_found(server: Server, org: Org, operation: Operation, owner: str) -> None:
     keys = {"live": org.live_key, "test": org.test_key}

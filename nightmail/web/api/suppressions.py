@@ -113,6 +113,7 @@ async def list_suppressions(call: Call[None]) -> Reply:
         views, has_more = await store.list_suppressions(
             conn,
             org_id=call.key.org_id,
+            env=call.key.env,
             channel=page.channel,
             origin=page.origin,
             limit=page.limit,
@@ -127,7 +128,12 @@ async def get_suppression(call: Call[None]) -> Reply:
     suppression_id, channel, address = _identify(call.ids["id"])
     async with call.services.database.connection() as conn:
         view = await store.get_suppression(
-            conn, org_id=call.key.org_id, suppression_id=suppression_id, channel=channel, address=address
+            conn,
+            org_id=call.key.org_id,
+            env=call.key.env,
+            suppression_id=suppression_id,
+            channel=channel,
+            address=address,
         )
     if view is None:
         raise not_found("Suppression")
@@ -164,7 +170,13 @@ async def remove_suppressions(call: Call[RemoveSuppressions]) -> Reply:
 async def _add(call: Call[Any], channel: str, addresses: Sequence[str]) -> list[SuppressionView]:
     return await call.services.database.run(
         lambda conn: store.add_suppressions(
-            conn, org_id=call.key.org_id, channel=channel, addresses=addresses, origin="manual", actor=call.actor
+            conn,
+            org_id=call.key.org_id,
+            env=call.key.env,
+            channel=channel,
+            addresses=addresses,
+            origin="manual",
+            actor=call.actor,
         )
     )
 
@@ -174,7 +186,13 @@ async def _remove(
 ) -> list[SuppressionView]:
     return await call.services.database.run(
         lambda conn: store.remove_suppressions(
-            conn, org_id=call.key.org_id, actor=call.actor, ids=ids, channel=channel, addresses=addresses
+            conn,
+            org_id=call.key.org_id,
+            env=call.key.env,
+            actor=call.actor,
+            ids=ids,
+            channel=channel,
+            addresses=addresses,
         )
     )
 
