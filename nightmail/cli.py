@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 success, 1 a failed run or found violations, 2 bad usage or settings, 3 held by another."""
+"""The command line.
+
+Exit codes: 0 success, 1 a failed run or found violations, 2 bad usage or settings, 3 another holder has the slot.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,6 @@ from nightmail.errors import DatabaseAway, EmbeddedError, MigrationError, Nightm
 from nightmail.jobs.table import JOBS
 from nightmail.log import configure_logging
 from nightmail.main import Application, Servers, open_application, open_servers
-
 from nightmail.schema.migrate import migrate, pending
 from nightmail.serve import listen, serve, serve_workers, url_of
 from nightmail.settings import Settings, load
@@ -136,10 +138,8 @@ def serve_command(
     settings = load()
     configure_logging(settings)
     with ExitStack() as stack:
-        if socket_fd is not None:
-            listener = socket.socket(fileno=socket_fd)
-        else:
-            listener = stack.enter_context(listen(host, port))
+        inherited = socket.socket(fileno=socket_fd) if socket_fd is not None else None
+        listener = stack.enter_context(inherited or listen(host, port))
 
         def say_ready() -> None:
             if ready_fd is not None:

@@ -1,4 +1,7 @@
-"""The composition root: settings → servers → pools → providers → engine → ASGI app. The only place that names them all."""
+"""The composition root: settings → servers → pools → providers → engine → ASGI app.
+
+The only place that names them all.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from starlette.applications import Starlette

@@ -28,7 +28,7 @@ from uuid import UUID
 from nightmail.clock import monotonic
 from nightmail.engine.job import JobContext, JobResult
 from nightmail.errors import UNSENT_CODES, DatabaseAway, InDoubt, Permanent, Retryable, Throttled
-from nightmail.ports import Accepted, OutgoingSms
+from nightmail.ports import Accepted, OutgoingEmail, OutgoingSms
 from nightmail.rules.messages import MAX_ATTEMPTS, SOLO_AFTER_TAKEOVERS, next_backoff_s, next_throttle_s
 from nightmail.store import gate, queue, record, test_sends
 from nightmail.store.gate import Passed
@@ -44,6 +44,8 @@ FLUSH_AT = 100
 IDLE_CLAIM_S = 0.05
 # A call is not begun with less time than this left: it would only end in doubt.
 MIN_CALL_S = 2.0
+# Calls with attachments at once in a lane: each holds up to 40 MB, and its MIME form as much again.
+MAX_FILE_CALLS = 4
 # A refusal with a longer wait than this (a daily quota, sending paused) ends the lane's run.
 LANE_STOP_S = 60.0
 
@@ -112,6 +114,7 @@ class LaneRun:
         self.solo: deque[Claimed] = deque()
         self.claims: dict[UUID, float] = {}  # claim_id → monotonic time until which the lease surely holds
         self.calls: set[asyncio.Task[None]] = set()
+        self.file_calls: set[UUID] = set()  # messages with attachments whose call is under way
         self.results: list[Outcome] = []
         self.result_arrived = asyncio.Event()
         self.set_is_full = asyncio.Event()
@@ -230,16 +233,33 @@ class LaneRun:
     async def begin(self, free: int) -> bool:
         """Gate and start up to `free` held messages; return whether any left the hold."""
         account = f"{self.lane}:{self.sender_name}"
-        granted = await self.ctx.ports.send_rate.take(account, min(free, len(self.held)))
+        startable = self.startable(free)
+        if not startable:
+            return False
+        granted = await self.ctx.ports.send_rate.take(account, len(startable))
         if not granted:
             return False
         by_claim: dict[UUID, list[UUID]] = {}
-        for _ in range(granted):
-            row = self.held.popleft()
+        for row in startable[:granted]:
+            self.held.remove(row)
             by_claim.setdefault(row.claim_id, []).append(row.message_id)
         for claim_id, message_ids in by_claim.items():
             await self.begin_claim(claim_id, message_ids)
         return True
+
+    def startable(self, free: int) -> list[Claimed]:
+        """Return up to `free` held messages in order, passing over those with attachments while enough are worked."""
+        file_slots = MAX_FILE_CALLS - len(self.file_calls)
+        rows: list[Claimed] = []
+        for row in self.held:
+            if len(rows) == free:
+                break
+            if row.has_files:
+                if file_slots <= 0:
+                    continue
+                file_slots -= 1
+            rows.append(row)
+        return rows
 
     async def begin_claim(self, claim_id: UUID, message_ids: list[UUID]) -> None:
         """Pass the gate with messages of one claim and start their calls."""
@@ -263,11 +283,14 @@ class LaneRun:
         for passed in result.passed:
             task = asyncio.create_task(self.call(passed, begin_before=sure_until - call_s))
             self.calls.add(task)
-            task.add_done_callback(self.call_ended)
+            if isinstance(passed.outgoing, OutgoingEmail) and passed.outgoing.attachments:
+                self.file_calls.add(passed.message_id)
+            task.add_done_callback(partial(self.call_ended, passed.message_id))
 
-    def call_ended(self, task: asyncio.Task[None]) -> None:
+    def call_ended(self, message_id: UUID, task: asyncio.Task[None]) -> None:
         """Free the slot; an error here is a defect of ours: nothing more is begun, and the run ends with it."""
         self.calls.discard(task)
+        self.file_calls.discard(message_id)
         self.slot_freed.set()
         if not task.cancelled() and task.exception() is not None:
             self.broken = self.broken or task.exception()

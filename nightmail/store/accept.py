@@ -113,8 +113,8 @@ WITH asked AS MATERIALIZED (
     SELECT id, "to", cc, bcc, reply_to, html, text, headers, tags, attachment_count
     FROM input
 ), queued AS (
-    INSERT INTO message_queue (message_id, org_id, lane, due_at)
-    SELECT id, %(org_id)s, lane, due_at
+    INSERT INTO message_queue (message_id, org_id, lane, due_at, has_files)
+    SELECT id, %(org_id)s, lane, due_at, attachment_count > 0
     FROM input
 ), turn AS (
     INSERT INTO queue_turns (lane, due_minute, org_id)

@@ -59,7 +59,8 @@ GET = """
 SELECT m.id, m.org_id, m.env, m.channel,
        CASE WHEN q.intent_at IS NOT NULL THEN 'sending' ELSE m.state END,
        m.reason, m.sender, m.subject, b.to_addresses, b.cc_addresses, b.bcc_addresses, b.reply_to,
-       b.html, b.text, b.tags, m.units, m.rating, m.period, m.created_at, m.scheduled_at, m.sent_at, m.provider_message_id, m.last_error
+       b.html, b.text, b.tags, m.units, m.rating, m.period,
+       m.created_at, m.scheduled_at, m.sent_at, m.provider_message_id, m.last_error
 FROM messages AS m
 JOIN message_bodies AS b ON b.message_id = m.id
 LEFT JOIN message_queue AS q ON q.message_id = m.id
@@ -83,7 +84,8 @@ LIST = """
 SELECT m.id, m.org_id, m.env, m.channel,
        CASE WHEN q.intent_at IS NOT NULL THEN 'sending' ELSE m.state END,
        m.reason, m.sender, m.subject, b.to_addresses, b.cc_addresses, b.bcc_addresses, b.reply_to,
-       NULL, NULL, b.tags, m.units, m.rating, m.period, m.created_at, m.scheduled_at, m.sent_at, m.provider_message_id, m.last_error
+       NULL, NULL, b.tags, m.units, m.rating, m.period,
+       m.created_at, m.scheduled_at, m.sent_at, m.provider_message_id, m.last_error
 FROM (
     SELECT *
     FROM messages
@@ -324,8 +326,9 @@ WITH released AS (
       AND state = 'ambiguous'
     RETURNING id, org_id, env, channel, period, rating, units
 ), queued AS (
-    INSERT INTO message_queue (message_id, org_id, lane, due_at)
-    SELECT id, org_id, CASE env WHEN 'test' THEN 'test' ELSE 'live:' || channel END, nm_now()
+    INSERT INTO message_queue (message_id, org_id, lane, due_at, has_files)
+    SELECT id, org_id, CASE env WHEN 'test' THEN 'test' ELSE 'live:' || channel END, nm_now(),
+           EXISTS (SELECT FROM message_attachments AS a WHERE a.message_id = released.id)
     FROM released
     WHERE %(action)s = 'resend'
 ), turn AS (

@@ -36,6 +36,7 @@ class Claimed:
     attempts: int
     takeovers: int
     in_doubt: bool
+    has_files: bool
 
 
 # Both selects lock as they read and skip what others hold. MATERIALIZED: the planner must not run a limited,
@@ -90,12 +91,13 @@ WITH turn AS MATERIALIZED (
 UPDATE message_queue AS q
 SET claim_id = %(claim_id)s
 WHERE q.message_id = ANY (ARRAY(SELECT message_id FROM fair UNION ALL SELECT message_id FROM rest))
-RETURNING q.message_id, q.org_id, q.claim_id, q.attempts, q.takeovers, q.intent_at IS NOT NULL
+RETURNING q.message_id, q.org_id, q.claim_id, q.attempts, q.takeovers, q.intent_at IS NOT NULL,
+          q.has_files
 """
 
 
 async def claim_due(conn: Connection, lane: str, *, runner: str, limit: int, lease_s: float) -> list[Claimed]:
-    """Take up to `limit` due messages of a lane under a fresh claim_id, each org's oldest first; empty when none is due."""
+    """Take up to `limit` due messages of a lane under a fresh claim_id, each org's oldest first."""
     cursor = await conn.execute(
         CLAIM,
         {
