@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make a virtual environment with exactly the locked packages, and Nightmail itself in it.
-# With uv on the PATH it takes seconds; without, venv and pip do the same from the same lock.
+# uv does in seconds what pip does in a minute: the lock's own uv is fetched first, and pip takes over if it fails.
 set -eu
 venv=$1
 lock=requirements-dev.lock
@@ -10,13 +10,19 @@ python=${PYTHON:-python3}
     echo "Nightmail needs Python 3.11 or newer; $("$python" --version) found. Try: make PYTHON=python3.12 setup" >&2
     exit 2
 }
-echo "Setting up $venv ..."
-if command -v uv >/dev/null 2>&1; then
-    uv venv --quiet --allow-existing --python "$python" "$venv"
-    uv pip sync --quiet --python "$venv/bin/python" --require-hashes "$lock"
-    uv pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
+echo "Setting up $venv with $("$python" --version) ..."
+"$python" -m venv "$venv"
+pip="$venv/bin/python -m pip --quiet --disable-pip-version-check"
+
+fetch_uv() {
+    sed -n '/^uv==/,/^[a-z]*[^ ]*==/p' "$lock" | sed '$d' >"$venv/uv.lock" &&
+        $pip install --require-hashes --no-deps --requirement "$venv/uv.lock"
+}
+
+if fetch_uv && "$venv/bin/uv" pip sync --quiet --python "$venv/bin/python" --require-hashes "$lock"; then
+    :
 else
-    "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes --requirement "$lock"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+    echo "uv could not be used; pip takes about a minute."
+    $pip install --require-hashes --requirement "$lock"
 fi
+$pip install --no-deps --no-build-isolation --editable .
