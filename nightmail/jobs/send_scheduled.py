@@ -102,6 +102,21 @@ def raise_of_dead(helpers: Sequence[asyncio.Task[None]]) -> None:
             helper.result()
 
 
+async def cancel_until_over(helpers: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel helpers as often as it takes.
+
+    One cancellation can be lost: before Python 3.12 asyncio.wait_for, which the pool waits with, swallows it when what
+    it waits for ends in the same moment. A heartbeat that outlived its run would renew its claims for ever.
+    """
+    while alive := [helper for helper in helpers if not helper.done()]:
+        for helper in alive:
+            helper.cancel()
+        await asyncio.wait(alive, timeout=0.5)
+    for helper in helpers:
+        if not helper.cancelled():
+            helper.exception()  # seen here: what matters of it was raised before
+
+
 class LaneRun:
     """One run's work on one live lane. All state is of this run; what matters is in PostgreSQL."""
 
@@ -149,9 +164,7 @@ class LaneRun:
             if self.broken is not None:
                 raise self.broken
         finally:
-            for helper in helpers:
-                helper.cancel()
-            await asyncio.gather(*helpers, return_exceptions=True)
+            await cancel_until_over(helpers)
             for call in self.calls:
                 call.cancel()
             not_begun = [row.message_id for row in (*self.held, *self.solo)]

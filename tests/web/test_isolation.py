@@ -27,8 +27,6 @@ def test_ids_of_another_org_are_not_found(server: Server, org: Org, operation: O
     assert owners.ok or owners.json()["name"] == "not_ambiguous", owners.text
 
 
-
-
 @pytest.mark.parametrize("operation", WITH_ID, ids=name_of)
 @pytest.mark.parametrize("owner", ["live", "test"])
 def test_ids_of_the_other_env_are_not_found(server: Server, org: Org, operation: Operation, owner: str) -> None:

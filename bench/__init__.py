@@ -1,0 +1,1 @@
+"""How fast Nightmail is, against floors of raw SQL on the same server: `python -m bench`."""
