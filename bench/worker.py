@@ -30,7 +30,7 @@ from nightmail.jobs.send_scheduled import work_lanes
 from nightmail.jobs.table import JOBS
 from nightmail.ports import EmailSender, Ports
 from nightmail.providers.capture import CaptureSender
-from nightmail.providers.ses import SesEmailSender
+from nightmail.providers.ses import SesSender
 from nightmail.settings import Settings
 from nightmail.store.database import Database
 
@@ -118,7 +118,7 @@ async def run_engine(task: Task, watch: Stopwatch) -> str:
 def _email_sender(task: Task, settings: Settings) -> EmailSender:
     if "endpoint" not in task:
         return CaptureSender()
-    return SesEmailSender(region="eu-west-1", concurrency=settings.send_concurrency, endpoint_url=task["endpoint"])
+    return SesSender(region="eu-west-1", concurrency=settings.send_concurrency, endpoint_url=task["endpoint"])
 
 
 async def run_floor_test(task: Task, watch: Stopwatch) -> str:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 from uuid import UUID
@@ -35,7 +36,7 @@ from nightmail.jobs.table import JOBS
 from nightmail.log import configure_logging
 from nightmail.main import Application, Servers, open_application, open_servers
 from nightmail.schema.migrate import migrate, pending
-from nightmail.serve import listen, serve, serve_workers, url_of
+from nightmail.serve import die_with_parent, listen, serve, serve_workers, url_of
 from nightmail.settings import Settings, load
 from nightmail.store.api_keys import NewApiKey, insert_api_key
 from nightmail.store.audit import audit as audit_database
@@ -86,6 +87,8 @@ def main() -> None:
         fail(f"PostgreSQL is away: {error}", Exit.FAILED)
     except NightmailError as error:
         fail(str(error), Exit.FAILED)
+    except psycopg.OperationalError as error:
+        fail(f"PostgreSQL is away: {str(error).strip().splitlines()[0]}", Exit.FAILED)
 
 
 def fail(message: str, code: Exit) -> NoReturn:
@@ -148,9 +151,13 @@ def serve_command(
                 print(f"Nightmail is ready at {url_of(listener)}", flush=True)
 
         servers = stack.enter_context(open_servers(settings, data))
-        if socket_fd is None:
+        migrate_later: Callable[[], object] | None = partial(ensure_schema, settings, servers)
+        if inherited is not None:
+            die_with_parent()
+        else:
             try:
                 ensure_schema(settings, servers)
+                migrate_later = None
             except DatabaseAway as error:
                 print(f"nightmail: PostgreSQL is away, serving 503 until it is back: {error}", file=sys.stderr)
         if workers > 1:
@@ -158,7 +165,7 @@ def serve_command(
             if data is not None:
                 arguments += ["--data", str(data)]
             raise SystemExit(serve_workers(arguments, listener, workers, say_ready))
-        serve(settings, servers, listener, scheduler=not no_scheduler, on_ready=say_ready)
+        serve(settings, servers, listener, scheduler=not no_scheduler, on_ready=say_ready, migrate=migrate_later)
 
 
 @app.command("run")
@@ -175,8 +182,7 @@ def run_command(
     if spec is None:
         fail(f"no job named {job!r}; the jobs are: {', '.join(spec.name for spec in JOBS)}", Exit.USAGE)
     settings = load()
-    if deadline is not None and not 1 <= deadline <= settings.job_deadline_max_s:
-        fail(f"--deadline must be between 1 and {settings.job_deadline_max_s:g} seconds", Exit.USAGE)
+    check_deadline(deadline, settings)
     try:
         named: datetime | None = named_slot(spec.schedule, slot, now()) if slot else None
     except BadSlot as error:
@@ -192,6 +198,12 @@ def run_command(
     else:
         print_outcome(outcome, body)
     raise SystemExit(int(exit_of(outcome)))
+
+
+def check_deadline(deadline: float | None, settings: Settings) -> None:
+    """End with exit code 2 when the deadline is out of range."""
+    if deadline is not None and not 1 <= deadline <= settings.job_deadline_max_s:
+        fail(f"--deadline must be between 1 and {settings.job_deadline_max_s:g} seconds", Exit.USAGE)
 
 
 def exit_of(outcome: RunOutcome) -> Exit:
@@ -225,6 +237,8 @@ def tick_command(
 ) -> None:
     """Run every job whose newest slot has not succeeded."""
 
+    check_deadline(deadline, load())
+
     async def work(application: Application) -> dict[str, Any]:
         return render_tick(await application.ticker.tick(trigger="cli", deadline_s=deadline))
 
@@ -235,12 +249,14 @@ def tick_command(
         for ran in body["results"]["ran"]:
             out.print(f"{ran['job']:<26} {ran['status']}")
         out.print(f"waiting: {body['results']['waiting']}")
-    raise SystemExit(int(Exit.FAILED if any(r["status"] == "failed" for r in body["results"]["ran"]) else Exit.OK))
+    raise SystemExit(
+        int(Exit.FAILED if any(r["status"] in ("failed", "away") for r in body["results"]["ran"]) else Exit.OK)
+    )
 
 
 @app.command("jobs")
-def jobs_command(as_json: Json = False) -> None:
-    """List the thirteen jobs, their paths and when they run next."""
+def jobs_command(data: Data = None, as_json: Json = False) -> None:
+    """List the thirteen jobs, their paths and when they run next; needs no database, so --data changes nothing."""
     rows = [
         {
             "job": spec.name,

@@ -15,6 +15,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from valkey.asyncio import Valkey
 
+from nightmail.clock import monotonic
 from nightmail.embedded import start
 from nightmail.engine.alerts import Alerts
 from nightmail.engine.crash import CrashPoints
@@ -39,6 +40,8 @@ from nightmail.web.dashboard import dashboard_routes
 from nightmail.web.services import Services, template_environment
 
 DEFAULT_DATA = Path(".nightmail")
+# From the signal to the last statement; with what closing takes, the whole stop stays within 10 s.
+STOP_S = 7.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,17 @@ class Application:
     alerts: Alerts
     stopping: asyncio.Event
     background: list[asyncio.Task[None]] = field(default_factory=list)
+    stop_by: float | None = None
+
+    def stop(self) -> None:
+        """Begin nothing more; what has begun gets until STOP_S from the first call of this."""
+        self.stopping.set()
+        self.stop_by = self.stop_by or monotonic() + STOP_S
+
+    @property
+    def stop_left_s(self) -> float:
+        """Return the seconds that what has begun may still take; at least a fifth."""
+        return max((self.stop_by or monotonic() + STOP_S) - monotonic(), 0.2)
 
     def start_scheduler(self) -> None:
         """Fire slots and work due messages in this process until `stopping` is set."""
@@ -105,10 +119,11 @@ async def open_application(settings: Settings, servers: Servers) -> AsyncIterato
     try:
         yield application
     finally:
-        stopping.set()
-        await asyncio.gather(*application.background, return_exceptions=True)
-        await engine.close()
-        await alerts.close()
+        application.stop()
+        if application.background:
+            await asyncio.wait(application.background, timeout=application.stop_left_s)
+        await engine.close(application.stop_left_s)
+        await alerts.close(min(application.stop_left_s, 1.0))
         await ports.email.close()
         await ports.sms.close()
         if valkey is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -19,14 +20,16 @@ import structlog
 import uvicorn
 import uvloop
 
-from nightmail.errors import SettingsError
+from nightmail.errors import DatabaseAway, NightmailError, SettingsError
 from nightmail.main import Servers, build_web, open_application
 from nightmail.settings import Settings
 
 # Open connections get this long after SIGTERM; the whole stop stays within 10 s.
-GRACEFUL_S = 5
+GRACEFUL_S = 3
 RESTART_AFTER_S = 1.0
 READY_LIMIT_S = 30.0
+SCHEMA_RETRY_S = 1.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BACKLOG = 2048
 
 log = structlog.stdlib.get_logger(__name__)
@@ -76,9 +79,13 @@ def serve(
     *,
     scheduler: bool,
     on_ready: Callable[[], None],
+    migrate: Callable[[], object] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    uvloop.run(serve_async(settings, servers, listener, scheduler=scheduler, on_ready=on_ready))
+    """Serve until SIGTERM or SIGINT.
+
+    `migrate` is what could not be done yet because PostgreSQL was away: it is tried until it succeeds.
+    """
+    uvloop.run(serve_async(settings, servers, listener, scheduler=scheduler, on_ready=on_ready, migrate=migrate))
 
 
 async def serve_async(
@@ -89,6 +96,7 @@ async def serve_async(
     scheduler: bool,
     on_ready: Callable[[], None],
     stop: asyncio.Event | None = None,
+    migrate: Callable[[], object] | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or `stop`."""
     async with open_application(settings, servers) as application:
@@ -109,19 +117,44 @@ async def serve_async(
         server = _Server(config, on_ready)
 
         def end() -> None:
-            application.stopping.set()
+            application.stop()
             server.should_exit = True
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end)
-        watcher = asyncio.create_task(_end_with(stop, end)) if stop is not None else None
+        helpers = [asyncio.create_task(_end_with(stop, end))] if stop is not None else []
+        if migrate is not None:
+            helpers.append(asyncio.create_task(_migrate_when_back(migrate)))
         if scheduler:
             application.start_scheduler()
         await server.serve(sockets=[listener])
-        application.stopping.set()
-        if watcher is not None:
-            watcher.cancel()
+        application.stop()
+        for helper in helpers:
+            helper.cancel()
+
+
+async def _migrate_when_back(migrate: Callable[[], object]) -> None:
+    """Bring the schema up to date as soon as PostgreSQL can be reached; until then requests get 503."""
+    while True:
+        try:
+            await asyncio.to_thread(migrate)
+        except DatabaseAway:
+            await asyncio.sleep(SCHEMA_RETRY_S)
+        except NightmailError as error:
+            log.error("serve.schema_not_migrated", error=str(error))
+            return
+        else:
+            log.info("serve.schema_up_to_date")
+            return
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this worker when its parent is gone, even by kill -9 (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1:
+            raise SystemExit(1)
 
 
 async def _end_with(stop: asyncio.Event, end: Callable[[], None]) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -103,6 +105,17 @@ class Settings(BaseSettings):
     def _check_admin_token(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and len(value.get_secret_value()) < MIN_SECRET_LENGTH:
             raise ValueError(f"needs at least {MIN_SECRET_LENGTH} characters: openssl rand -hex 16")
+        return value
+
+    @field_validator("database_url", "migrate_database_url")
+    @classmethod
+    def _check_conninfo(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            try:
+                conninfo_to_dict(value.get_secret_value())
+            except psycopg.Error:
+                # Without the driver's words: they repeat the value, password included.
+                raise ValueError("must be a PostgreSQL URL such as postgresql://user:password@host/name") from None
         return value
 
     @field_validator("public_url", "healthchecks_ping_url")

@@ -218,6 +218,9 @@ class Engine:
             holder = await self.background.within(limit_s, self.database.run(partial(self._begin, call=call)))
         except (DatabaseAway, TimeoutError) as error:
             return self._outcome(call, "away", error=short_error(error, self.redact))
+        except Exception as error:
+            self.log.error("run.begin_broke", exc_info=error)
+            return self._outcome(call, "failed", error=short_error(error, self.redact))
         if call.missing or call.spec.run is None:
             return self._outcome(call, "not_configured", missing=call.missing)
         if holder is not None:

@@ -10,7 +10,7 @@ clock is ahead runs each slot one tick later, and none twice or never.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -189,7 +189,10 @@ class Tick:
                 await self.ticker.release(claimed[place:], self.claim_id)
                 return
             outcome = await self.engine.run(
-                slot.job, slot=slot.slot, trigger=self.trigger, deadline_s=self.slice_s(len(claimed) - place)
+                slot.job,
+                slot=slot.slot,
+                trigger=self.trigger,
+                deadline_s=self.slice_s(slot.job, [other.job for other in claimed[place:]]),
             )
             self.ran.append(Ran(slot.job, outcome.job_id, outcome.state))
             await self.ticker.settle(slot, self.claim_id, outcome)
@@ -208,15 +211,20 @@ class Tick:
                 slot.job,
                 slot=slot.slot,
                 trigger=self.trigger,
-                deadline_s=self.slice_s(len(due) - place),
+                deadline_s=self.slice_s(slot.job, [other.job for other in due[place:]]),
                 dry=True,
             )
             self.ran.append(Ran(slot.job, outcome.job_id, outcome.state))
         return at
 
-    def slice_s(self, runs_left: int) -> float:
-        """Return an equal part of what is left; a run that needs less leaves the rest to the others."""
-        return max(self.left_s / runs_left, min(MIN_SLICE_S, self.total_s))
+    def slice_s(self, job: str, jobs_left: Sequence[str]) -> float:
+        """Return an equal part of what is left, among those jobs that can run, or the least the job can use.
+
+        A run that needs less leaves the rest to the others.
+        """
+        able = sum(1 for name in jobs_left if not self.engine.missing(self.engine.jobs[name]))
+        least_s = min(self.engine.jobs[job].least_s, max(self.left_s, MIN_SLICE_S))
+        return max(self.left_s / max(able, 1), min(least_s, self.total_s))
 
     @property
     def is_over(self) -> bool:

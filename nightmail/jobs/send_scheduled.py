@@ -25,12 +25,15 @@ from contextlib import suppress
 from functools import partial
 from uuid import UUID
 
+import psycopg
+
 from nightmail.clock import monotonic
 from nightmail.engine.job import JobContext, JobResult
 from nightmail.errors import UNSENT_CODES, DatabaseAway, InDoubt, Permanent, Retryable, Throttled
 from nightmail.ports import Accepted, OutgoingEmail, OutgoingSms
 from nightmail.rules.messages import MAX_ATTEMPTS, SOLO_AFTER_TAKEOVERS, next_backoff_s, next_throttle_s
 from nightmail.store import gate, queue, record, test_sends
+from nightmail.store.database import is_data_fault
 from nightmail.store.gate import Passed
 from nightmail.store.queue import Claimed
 from nightmail.store.record import Outcome
@@ -38,14 +41,14 @@ from nightmail.store.record import Outcome
 KEYS = ("claimed", "sent", "canceled", "retried", "failed", "ambiguous", "lost")
 LIVE_LANES = ("live:email", "live:sms")
 
+# A provider call may take half of a run's time, up to 10 s: below this, slow but sound calls would be cut.
+LEAST_S = 12.0
 FLUSH_AFTER_S = 0.1
 FLUSH_AT = 100
 # With calls in flight and nothing due, how soon the queue is asked again.
 IDLE_CLAIM_S = 0.05
-# A call is not begun with less time than this left: it would only end in doubt.
-MIN_CALL_S = 2.0
-# Calls with attachments at once in a lane: each holds up to 40 MB, and its MIME form as much again.
-MAX_FILE_CALLS = 4
+# Attachments held at once in a lane, in bytes; one message may be larger. Its MIME form takes half as much again.
+MAX_FILE_BYTES = 16_000_000
 # A refusal with a longer wait than this (a daily quota, sending paused) ends the lane's run.
 LANE_STOP_S = 60.0
 
@@ -129,7 +132,7 @@ class LaneRun:
         self.solo: deque[Claimed] = deque()
         self.claims: dict[UUID, float] = {}  # claim_id → monotonic time until which the lease surely holds
         self.calls: set[asyncio.Task[None]] = set()
-        self.file_calls: set[UUID] = set()  # messages with attachments whose call is under way
+        self.file_bytes: dict[UUID, int] = {}  # attachments of messages whose call is under way
         self.results: list[Outcome] = []
         self.result_arrived = asyncio.Event()
         self.set_is_full = asyncio.Event()
@@ -141,6 +144,9 @@ class LaneRun:
         self.is_exhausted = False  # the last claim found nothing
         self.broken: BaseException | None = None  # a defect of ours in a call: the run ends with it
         self.next_claim_at = 0.0
+        # The same for all calls of a run, and none begins that could not take it: one cut short by the run's deadline
+        # would be in doubt for no fault of the provider's, and be sent again.
+        self.call_s = min(ctx.settings.provider_call_s, max(ctx.deadline.left_s / 2, 0.25))
 
     # ── the run ──
 
@@ -165,6 +171,9 @@ class LaneRun:
                 raise self.broken
         finally:
             await cancel_until_over(helpers)
+            if self.results:  # the run is cut: what has ended is still written, by a task of its own
+                with suppress(DatabaseAway, psycopg.Error):
+                    await asyncio.shield(asyncio.create_task(self.flush()))
             for call in self.calls:
                 call.cancel()
             not_begun = [row.message_id for row in (*self.held, *self.solo)]
@@ -177,9 +186,7 @@ class LaneRun:
     @property
     def must_stop(self) -> bool:
         """Return whether no further call may begin."""
-        ctx = self.ctx
-        least = min(MIN_CALL_S, ctx.deadline.total_s / 4, ctx.settings.provider_call_s)
-        return self.is_stopped or ctx.stopping.is_set() or ctx.deadline.left_s < least
+        return self.is_stopped or self.ctx.stopping.is_set() or self.ctx.deadline.left_s < self.call_s
 
     async def advance(self) -> bool:
         """Begin what can begin now, else wait for a change; return False when there is nothing left to do."""
@@ -189,7 +196,7 @@ class LaneRun:
             await self.advance_solo()
             return True
         if wait <= 0 and free > 0:
-            if len(self.held) < free and monotonic() >= self.next_claim_at:
+            if len(self.startable(free)) < free and monotonic() >= self.next_claim_at:
                 await self.claim()
             if self.held and await self.begin(free):
                 return True
@@ -222,7 +229,8 @@ class LaneRun:
     async def claim(self) -> None:
         """Take what the free capacity and one round more can work on, within the batch limit."""
         settings = self.ctx.settings
-        wanted = min(settings.send_batch, 2 * self.limit - len(self.calls) - len(self.held))
+        plain = sum(1 for row in self.held if not row.file_bytes)
+        wanted = min(2 * self.limit - len(self.calls) - plain, settings.send_batch - len(self.held))
         if wanted <= 0:
             return
         sure_until = monotonic() + settings.send_lease_s
@@ -262,15 +270,15 @@ class LaneRun:
 
     def startable(self, free: int) -> list[Claimed]:
         """Return up to `free` held messages in order, passing over those with attachments while enough are worked."""
-        file_slots = MAX_FILE_CALLS - len(self.file_calls)
+        file_bytes = sum(self.file_bytes.values())
         rows: list[Claimed] = []
         for row in self.held:
             if len(rows) == free:
                 break
-            if row.has_files:
-                if file_slots <= 0:
+            if row.file_bytes:
+                if file_bytes and file_bytes + row.file_bytes > MAX_FILE_BYTES:
                     continue
-                file_slots -= 1
+                file_bytes += row.file_bytes
             rows.append(row)
         return rows
 
@@ -280,7 +288,7 @@ class LaneRun:
         if sure_until is None:  # the heartbeat found the claim gone
             self.counts["lost"] += len(message_ids)
             return
-        call_s = self.ctx.settings.provider_call_s
+        call_s = self.call_s
         self.ctx.reach("before_gate")
         result = await self.ctx.database.run(
             partial(gate.pass_gate, claim_id=claim_id, message_ids=message_ids, call_s=call_s, shard=self.shard)
@@ -297,13 +305,13 @@ class LaneRun:
             task = asyncio.create_task(self.call(passed, begin_before=sure_until - call_s))
             self.calls.add(task)
             if isinstance(passed.outgoing, OutgoingEmail) and passed.outgoing.attachments:
-                self.file_calls.add(passed.message_id)
+                self.file_bytes[passed.message_id] = sum(len(file.content) for file in passed.outgoing.attachments)
             task.add_done_callback(partial(self.call_ended, passed.message_id))
 
     def call_ended(self, message_id: UUID, task: asyncio.Task[None]) -> None:
         """Free the slot; an error here is a defect of ours: nothing more is begun, and the run ends with it."""
         self.calls.discard(task)
-        self.file_calls.discard(message_id)
+        self.file_bytes.pop(message_id, None)
         self.slot_freed.set()
         if not task.cancelled() and task.exception() is not None:
             self.broken = self.broken or task.exception()
@@ -312,13 +320,17 @@ class LaneRun:
     async def call(self, passed: Passed, *, begin_before: float) -> None:
         """Make the one provider call of this claim and keep its outcome for the recorder."""
         if monotonic() > begin_before:
-            # The process slept: the lease may have ended since the gate. Not called, so whoever rescues it decides.
-            self.counts["lost"] += 1
+            # The process slept: the lease may have ended since the gate. Surely not called, so if the row is still
+            # ours it goes back without a doubt.
+            self.keep(Outcome(passed.message_id, passed.claim_id, "throttled", code="not_called"))
             return
-        timeout_s = min(self.ctx.settings.provider_call_s, max(self.ctx.deadline.left_s, 0.5))
         self.ctx.reach("calling")
-        outcome = await self.attempt(passed, timeout_s)
+        outcome = await self.attempt(passed, self.call_s)
         self.ctx.reach("called")
+        self.keep(outcome)
+
+    def keep(self, outcome: Outcome) -> None:
+        """Hand an outcome to the recorder."""
         self.results.append(outcome)
         self.result_arrived.set()
         if len(self.results) >= FLUSH_AT:
@@ -406,18 +418,30 @@ class LaneRun:
             while self.results:
                 outcomes, self.results = self.results, []
                 self.ctx.reach("before_record")
-                recorded = await self.record_while_leased(outcomes)
+                try:
+                    # A run that is cut does not take a set with it that is being written.
+                    recorded = await asyncio.shield(asyncio.create_task(self.record_while_leased(outcomes)))
+                except Exception:
+                    self.results = outcomes + self.results
+                    raise
                 self.ctx.reach("recorded")
                 self.tally(outcomes, recorded)
 
     async def record_while_leased(self, outcomes: list[Outcome]) -> record.Recorded:
-        """Write the outcomes, again and again while PostgreSQL is away and the leases last: they are worth it."""
+        """Write the outcomes, again and again while PostgreSQL refuses and the leases last: they are worth it.
+
+        After a long freeze too there is a second try. Data that PostgreSQL will never take is parted from the rest.
+        """
         give_up_at = min(monotonic() + self.ctx.settings.send_lease_s / 2, self.ctx.deadline.at - 0.75)
+        tries = 0
         while True:
+            tries += 1
             try:
                 return await self.ctx.database.run(partial(record.record_outcomes, outcomes=outcomes, shard=self.shard))
-            except DatabaseAway:
-                if monotonic() >= give_up_at:
+            except (DatabaseAway, psycopg.Error) as error:
+                if is_data_fault(error):
+                    return await self.record_apart(outcomes, error)
+                if monotonic() >= give_up_at and tries > 1:
                     for outcome in outcomes:
                         self.ctx.log.error(
                             "send.outcome_unrecorded",
@@ -427,6 +451,15 @@ class LaneRun:
                         )
                     raise
                 await asyncio.sleep(0.25)
+
+    async def record_apart(self, outcomes: list[Outcome], error: Exception) -> record.Recorded:
+        """Write the outcomes one half at a time, down to the one that cannot be written, which is left in doubt."""
+        if len(outcomes) == 1:
+            self.ctx.log.error("send.outcome_refused", message_id=str(outcomes[0].message_id), exc_info=error)
+            return record.Recorded({}, [outcomes[0].message_id])
+        middle = len(outcomes) // 2
+        halves = [await self.record_while_leased(half) for half in (outcomes[:middle], outcomes[middle:])]
+        return record.Recorded(halves[0].written | halves[1].written, halves[0].lost + halves[1].lost)
 
     def tally(self, outcomes: list[Outcome], recorded: record.Recorded) -> None:
         """Count what was written; log the single messages that did not leave."""

@@ -14,6 +14,7 @@ JOBS: tuple[JobSpec, ...] = (
         starting="sending of due messages",
         keys=send_scheduled.KEYS,
         holds="rows",
+        least_s=send_scheduled.LEAST_S,
         run=send_scheduled.run,
     ),
     JobSpec(

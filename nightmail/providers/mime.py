@@ -17,6 +17,7 @@ are left out. Bcc is an envelope matter and never a header.
 
 from __future__ import annotations
 
+import asyncio
 import binascii
 import re
 from collections.abc import Iterable, Sequence
@@ -28,10 +29,22 @@ from urllib.parse import quote
 
 import idna
 
+from nightmail import clock
 from nightmail.errors import Permanent
 from nightmail.ports import Attachment, OutgoingEmail
 
-__all__ = ["MESSAGE_HEADER", "Mailbox", "MimeMessage", "build_mime", "message_id_header", "parse_mailbox"]
+__all__ = [
+    "MESSAGE_HEADER",
+    "Mailbox",
+    "MimeMessage",
+    "build_mime",
+    "encode_mime",
+    "message_id_header",
+    "parse_mailbox",
+]
+
+# Encoding this much takes some 10 ms; more of it belongs in a thread, off the event loop.
+LARGE_BYTES = 256_000
 
 MESSAGE_HEADER = "X-Nightmail-Message"
 """Carries our message id to the recipient's copy and back in events and bounces."""
@@ -106,6 +119,14 @@ class MimeMessage:
     def recipients(self) -> list[str]:
         """Envelope recipients in order, each once."""
         return list(dict.fromkeys(mailbox.address for mailbox in (*self.to, *self.cc, *self.bcc)))
+
+
+async def encode_mime(email: OutgoingEmail) -> MimeMessage:
+    """Return the message as of now, encoded in a thread when it is large. Raises Permanent."""
+    size = sum(len(file.content) for file in email.attachments) + len(email.html or "") + len(email.text or "")
+    if size < LARGE_BYTES:
+        return build_mime(email, date=clock.now())
+    return await asyncio.to_thread(build_mime, email, date=clock.now())
 
 
 def build_mime(email: OutgoingEmail, *, date: datetime) -> MimeMessage:

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nightmail import clock
 from nightmail.errors import Permanent
 from nightmail.ports import Accepted, OutgoingEmail
 from nightmail.providers.aws import MESSAGE_TAG, BoundedCalls, aws_config, aws_session, read_message_id
-from nightmail.providers.mime import Mailbox, MimeMessage, build_mime
+from nightmail.providers.mime import Mailbox, MimeMessage, encode_mime
 
 if TYPE_CHECKING:
     from types_boto3_sesv2.type_defs import MessageTagTypeDef, SendEmailRequestTypeDef
@@ -55,7 +54,7 @@ class SesSender:
 
     async def send_email(self, email: OutgoingEmail, *, timeout_s: float) -> Accepted:
         """Make one attempt; raises Throttled, Retryable, Permanent or InDoubt."""
-        message = build_mime(email, date=clock.now())
+        message = await encode_mime(email)
         if message.smtputf8:
             raise Permanent("non_ascii_local_part", "SES takes no address whose local part is not ASCII")
         send = partial(self._client.send_email, **self._request(email, message))
@@ -97,6 +96,3 @@ def _tags(email: OutgoingEmail) -> list[MessageTagTypeDef]:
 
 def _tag_text(text: str) -> str:
     return _TAG_REFUSED.sub("_", text)[:_TAG_CHARACTERS]
-
-
-SesEmailSender = SesSender  # bench/worker.py still has the first name

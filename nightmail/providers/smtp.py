@@ -32,7 +32,7 @@ import aiosmtplib
 from nightmail import clock
 from nightmail.errors import InDoubt, Permanent, ProviderError, Retryable, SettingsError, Throttled
 from nightmail.ports import Accepted, OutgoingEmail
-from nightmail.providers.mime import MimeMessage, build_mime
+from nightmail.providers.mime import MimeMessage, encode_mime
 
 __all__ = ["SmtpSender", "SmtpTarget"]
 
@@ -136,15 +136,22 @@ class SmtpSender:
 
         Raises Throttled, Retryable, Permanent or InDoubt.
         """
-        message = build_mime(email, date=clock.now())
+        message = await encode_mime(email)
         dialogue = _Dialogue(message)
         try:
-            async with asyncio.timeout(timeout_s), self._slots:
+            async with asyncio.timeout(timeout_s):
+                await self._slots.acquire()
+        except TimeoutError as exc:
+            raise Retryable("no_free_slot", "all connections are busy") from exc
+        try:
+            async with asyncio.timeout(timeout_s):
                 return await self._send(dialogue)
         except TimeoutError as exc:
             if dialogue.is_content_written:
                 raise InDoubt("timeout", "no answer to the message") from exc
             raise Retryable("timeout", "the message was not written in time") from exc
+        finally:
+            self._slots.release()
 
     async def close(self) -> None:
         """Close idle connections; busy ones close as their calls end."""

@@ -106,7 +106,7 @@ CREATE TABLE message_attachments (
 --   claim_id    who holds it (a row of claims), NULL when free
 --   attempts    provider calls begun, counted at the gate
 --   takeovers   times a begun call's end was never learned (dead runner, timeout, 5xx)
---   has_files   it carries attachments: few of these are worked at once, as they are held in memory
+--   file_bytes  size of its attachments: they are held in memory during the call, so few at once
 --   intent_at   a call has begun and its end is not known; NULL otherwise
 CREATE TABLE message_queue (
     message_id uuid PRIMARY KEY,
@@ -116,7 +116,7 @@ CREATE TABLE message_queue (
     claim_id uuid,
     attempts smallint NOT NULL DEFAULT 0,
     takeovers smallint NOT NULL DEFAULT 0,
-    has_files boolean NOT NULL DEFAULT false,
+    file_bytes integer NOT NULL DEFAULT 0,
     intent_at timestamptz
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0,
         autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -93,7 +94,7 @@ def migrate(conninfo: str, *, directory: Path = DIRECTORY) -> list[str]:
     """Apply all pending files and return the names of those applied by this call; raises MigrationError."""
     migrations = read_migrations(directory)
     applied: list[str] = []
-    with psycopg.connect(conninfo, autocommit=True) as connection:
+    with _connect(conninfo) as connection:
         while (name := _apply_next(connection, conninfo, migrations)) is not None:
             applied.append(name)
     return applied
@@ -102,7 +103,7 @@ def migrate(conninfo: str, *, directory: Path = DIRECTORY) -> list[str]:
 def pending(conninfo: str, *, directory: Path = DIRECTORY) -> list[str]:
     """Return the names of the files not applied yet, changing nothing; raises as `migrate` does."""
     migrations = read_migrations(directory)
-    with psycopg.connect(conninfo, autocommit=True) as connection:
+    with _connect(conninfo) as connection:
         exists = connection.execute(TABLE_EXISTS).fetchone()
         if exists is None or not exists[0]:
             return [migration.name for migration in migrations]
@@ -196,10 +197,15 @@ def _run(connection: Connection, conninfo: str, migration: Migration) -> None:
 
 
 def _run_without_transaction(conninfo: str, migration: Migration) -> None:
-    with psycopg.connect(conninfo, autocommit=True) as connection:
+    with _connect(conninfo) as connection:
         connection.execute(LIFT_LIMITS, {"local": False})
         for statement in split_statements(migration.text):
             connection.execute(statement.encode())
+
+
+def _connect(conninfo: str) -> psycopg.Connection[Any]:
+    """Return a connection that also works through a transaction pooler; an unreachable server costs 5 s."""
+    return psycopg.connect(conninfo, autocommit=True, connect_timeout=5, prepare_threshold=None)
 
 
 def _row(migration: Migration) -> dict[str, object]:

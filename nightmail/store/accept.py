@@ -13,6 +13,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
+import psycopg
 from psycopg.errors import UniqueViolation
 
 from nightmail.ids import sha256
@@ -71,7 +72,7 @@ AcceptResult = Literal["accepted", "in_progress", "other_body"] | Replay
 
 # `asked` is evaluated once; everything hangs on `input`, which is empty when the key is taken or known. A request
 # that committed between our snapshot and our lock is caught by the primary key of idempotency_keys (23505).
-# Usage rows are the only shared rows: reserved in key order.
+# Shared rows are the turns and the usage, locked in this order as everywhere: `usage` reads `turn` for no other reason.
 ACCEPT = """
 WITH asked AS MATERIALIZED (
     SELECT %(key)s::text IS NULL OR pg_try_advisory_xact_lock(%(lock)s) AS is_free
@@ -89,7 +90,7 @@ WITH asked AS MATERIALIZED (
     FROM json_to_recordset(%(messages)s::json) AS i (
         id uuid, channel text, sender text, subject text, addresses text[], units bigint, scheduled_at timestamptz,
         send_policy text, "to" text[], cc text[], bcc text[], reply_to text[], html text, text text,
-        headers jsonb, tags jsonb, attachment_count smallint
+        headers jsonb, tags jsonb, attachment_count smallint, file_bytes integer
     )
     WHERE (SELECT is_free FROM asked)
       AND NOT EXISTS (SELECT FROM known)
@@ -113,8 +114,8 @@ WITH asked AS MATERIALIZED (
     SELECT id, "to", cc, bcc, reply_to, html, text, headers, tags, attachment_count
     FROM input
 ), queued AS (
-    INSERT INTO message_queue (message_id, org_id, lane, due_at, has_files)
-    SELECT id, %(org_id)s, lane, due_at, attachment_count > 0
+    INSERT INTO message_queue (message_id, org_id, lane, due_at, file_bytes)
+    SELECT id, %(org_id)s, lane, due_at, file_bytes
     FROM input
 ), turn AS (
     INSERT INTO queue_turns (lane, due_minute, org_id)
@@ -122,6 +123,7 @@ WITH asked AS MATERIALIZED (
     FROM input
     ORDER BY 1, 2
     ON CONFLICT DO NOTHING
+    RETURNING 1
 ), event AS (
     INSERT INTO message_events (message_id, org_id, kind, occurred_at)
     SELECT id, %(org_id)s, 'scheduled', nm_now()
@@ -131,6 +133,7 @@ WITH asked AS MATERIALIZED (
     INSERT INTO usage_records AS u (org_id, channel, env, period, rating, shard, reserved)
     SELECT %(org_id)s, channel, %(env)s, period, 'included', %(shard)s, sum(units)
     FROM input
+    WHERE (SELECT count(*) FROM turn) >= 0
     GROUP BY channel, period
     ORDER BY channel, period
     ON CONFLICT (org_id, channel, env, period, rating, shard)
@@ -186,10 +189,12 @@ async def accept_messages(
         if not any(message.attachments for message in messages):
             return await _accept(conn, arguments)
         async with conn.transaction():
+            # First what is large and ours alone, last what others wait for.
+            await _add_attachments(conn, messages)
             row = await _accept(conn, arguments)
-            if row[0] and row[1] is None:
-                await _add_attachments(conn, messages)
-            return row
+            if not row[0] or row[1] is not None:
+                raise psycopg.Rollback
+        return row
 
     try:
         row = await database.run(step)
@@ -254,4 +259,5 @@ def _row(message: NewMessage) -> dict[str, Any]:
         "headers": message.headers,
         "tags": message.tags,
         "attachment_count": len(message.attachments),
+        "file_bytes": sum(len(file.content) for file in message.attachments),
     }

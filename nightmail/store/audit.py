@@ -152,19 +152,13 @@ class Finding:
 
 
 async def audit(conn: Connection) -> list[Finding]:
-    """Check every invariant in one read-only snapshot."""
+    """Check every invariant, each in a read-only transaction of its own: a long snapshot would slow every claim."""
     findings = []
-    async with conn.transaction():
-        await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        await conn.execute("SET LOCAL statement_timeout = 0")
-        for invariant in INVARIANTS:
+    for invariant in INVARIANTS:
+        async with conn.transaction():
+            await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            await conn.execute("SET LOCAL statement_timeout = 0")
             rows: list[Any] = await (await conn.execute(invariant.violations + BOUND)).fetchall()
-            findings.append(
-                Finding(
-                    invariant.name,
-                    invariant.sentence,
-                    len(rows),
-                    [str(row[0]) for row in rows[:SAMPLE]],
-                )
-            )
+        first = [str(row[0]) for row in rows[:SAMPLE]]
+        findings.append(Finding(invariant.name, invariant.sentence, len(rows), first))
     return findings

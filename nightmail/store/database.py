@@ -3,7 +3,9 @@
 | SQLSTATE | what we do |
 | --- | --- |
 | 40001, 40P01, 55P03 (serialization, deadlock, lock timeout) | the transaction again, at most 3 times, with jitter |
-| 08xxx, 57P0x, 25006 (connection gone, shutdown, read-only) | DatabaseAway: the caller stops; claims outlive it |
+| the same a fourth time; 57014 (statement timeout) | DatabaseAway: PostgreSQL is too busy to serve us |
+| 08xxx, 57P0x, 25006, 25P0x (connection gone, shutdown, read-only) | DatabaseAway: the caller stops; claims remain |
+| 42P01, 42703, 42883, 3F000 (no such table …) | DatabaseAway: the schema is not that of this version |
 | 53xxx, 58xxx (disk full, too many connections, I/O) | DatabaseAway: nothing is sent, the caller answers 503 |
 | anything else | a defect: it is raised as it is |
 
@@ -30,7 +32,9 @@ Connection = AsyncConnection[Any]
 
 RETRIED = frozenset({"40001", "40P01", "55P03"})
 AWAY_CLASSES = frozenset({"08", "53", "58"})
-AWAY = frozenset({"57P01", "57P02", "57P03", "57P05", "25006"})
+AWAY = frozenset({"57P01", "57P02", "57P03", "57P05", "25006", "25P03", "25P04", "57014"})
+# Tables, columns or functions of ours are not there: the schema is not migrated yet, or is ahead of this version.
+SCHEMA_MISSING = frozenset({"42P01", "42703", "42883", "3F000"})
 MAX_RETRIES = 3
 CONNECT_TIMEOUT_S = 2
 IDLE_S = 30
@@ -51,7 +55,12 @@ def is_away(error: BaseException) -> bool:
     state = error.sqlstate
     if state is None:
         return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
-    return state in AWAY or state[:2] in AWAY_CLASSES
+    return state in AWAY or state in SCHEMA_MISSING or state[:2] in AWAY_CLASSES
+
+
+def is_data_fault(error: BaseException) -> bool:
+    """Return whether PostgreSQL refuses the data itself (22xxx, 23xxx): trying again is of no use."""
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "")[:2] in ("22", "23")
 
 
 class Database:
@@ -116,8 +125,10 @@ class Database:
                 async with self.connection() as conn:
                     return await step(conn)
             except psycopg.Error as error:
-                if error.sqlstate not in RETRIED or attempt == MAX_RETRIES:
+                if error.sqlstate not in RETRIED:
                     raise
+                if attempt == MAX_RETRIES:
+                    raise DatabaseAway(f"busy: {_first_line(error)}") from error
             await asyncio.sleep(random.uniform(0.005, 0.05) * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
 

@@ -130,7 +130,7 @@ WITH mine AS MATERIALIZED (
            nm_now(),
            CASE c.decision
                WHEN 'suppressed' THEN jsonb_build_object('suppressed', c.suppressed)
-               WHEN 'evidenced' THEN jsonb_build_object('evidence', c.evidence)
+               WHEN 'evidenced' THEN jsonb_build_object('evidence', c.evidence, 'units', c.used)
                WHEN 'exhausted' THEN jsonb_build_object('reason', 'attempts exhausted')
                ELSE '{}'::jsonb
            END

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nightmail.store.database import Connection
 
-PING = "SELECT current_setting('transaction_read_only') = 'off'"
+# Reading our own table fails as DatabaseAway while the schema is not there.
+PING = "SELECT current_setting('transaction_read_only') = 'off' AND EXISTS (SELECT FROM schema_migrations)"
 
 
 async def is_writable(conn: Connection) -> bool:

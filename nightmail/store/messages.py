@@ -324,11 +324,17 @@ WITH released AS (
       AND env = %(env)s
       AND channel = %(channel)s
       AND state = 'ambiguous'
-    RETURNING id, org_id, env, channel, period, rating, units
+    RETURNING id, org_id, env, channel, period, rating, units,
+              CASE channel
+                  WHEN 'email' THEN (
+                      SELECT count(*) FROM recipient_outcomes AS o WHERE o.message_id = id AND o.state = 'suppressed'
+                  )
+                  ELSE 0
+              END AS dropped
 ), queued AS (
-    INSERT INTO message_queue (message_id, org_id, lane, due_at, has_files)
+    INSERT INTO message_queue (message_id, org_id, lane, due_at, file_bytes)
     SELECT id, org_id, CASE env WHEN 'test' THEN 'test' ELSE 'live:' || channel END, nm_now(),
-           EXISTS (SELECT FROM message_attachments AS a WHERE a.message_id = released.id)
+           (SELECT coalesce(sum(length(a.content)), 0) FROM message_attachments AS a WHERE a.message_id = released.id)
     FROM released
     WHERE %(action)s = 'resend'
 ), turn AS (
@@ -339,13 +345,13 @@ WITH released AS (
     ON CONFLICT DO NOTHING
 ), event AS (
     INSERT INTO message_events (message_id, org_id, kind, occurred_at, data)
-    SELECT id, org_id, CASE %(action)s WHEN 'mark_sent' THEN 'sent' ELSE 'canceled' END, nm_now(),
-           '{"released": true}'
-    FROM released
+    SELECT r.id, r.org_id, CASE %(action)s WHEN 'mark_sent' THEN 'sent' ELSE 'canceled' END, nm_now(),
+           jsonb_build_object('released', true, 'units', r.units - r.dropped)
+    FROM released AS r
     WHERE %(action)s <> 'resend'
     ON CONFLICT DO NOTHING
 )
-SELECT period, rating, units
+SELECT period, rating, units, units - dropped
 FROM released
 """
 
@@ -368,8 +374,8 @@ async def release_message(
             found = await get_message(conn, org_id=org_id, env=env, channel=channel, message_id=message_id)
             return "not_ambiguous" if found else "not_found"
         if action != "resend":
-            period, rating, units = row
-            used = units if action == "mark_sent" else 0
+            period, rating, units, left = row
+            used = left if action == "mark_sent" else 0
             settlement = Settlement(org_id, channel, env, period, rating, reserved=units, used=used)
             await settle(conn, [settlement], shard=message_id.int)
         return "released"

@@ -36,7 +36,7 @@ class Claimed:
     attempts: int
     takeovers: int
     in_doubt: bool
-    has_files: bool
+    file_bytes: int
 
 
 # Both selects lock as they read and skip what others hold. MATERIALIZED: the planner must not run a limited,
@@ -92,7 +92,7 @@ UPDATE message_queue AS q
 SET claim_id = %(claim_id)s
 WHERE q.message_id = ANY (ARRAY(SELECT message_id FROM fair UNION ALL SELECT message_id FROM rest))
 RETURNING q.message_id, q.org_id, q.claim_id, q.attempts, q.takeovers, q.intent_at IS NOT NULL,
-          q.has_files
+          q.file_bytes
 """
 
 

@@ -1,4 +1,4 @@
-"""Messages with attachments are held in memory while they are called: few of them at once, and nobody waits for them."""
+"""Messages with attachments are held in memory during their call: few at once, and nobody waits for them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from uuid import UUID
 
 import pytest
 
-from nightmail.jobs.send_scheduled import MAX_FILE_CALLS
+from nightmail.jobs.send_scheduled import MAX_FILE_BYTES
 from nightmail.ports import Accepted, Attachment, OutgoingEmail, Ports
 from tests.crash.world import Unlimited, World
 
 pytestmark = pytest.mark.anyio
 
-FILES = [Attachment("a.txt", b"x" * 1000, "text/plain")]
+SIZE = 6_000_000
+FILES = [Attachment("a.txt", b"x" * SIZE, "text/plain")]
 
 
 class Counting:
@@ -45,12 +46,12 @@ class Counting:
 
 
 async def test_few_messages_with_attachments_are_called_at_once_and_plain_ones_pass_them(world: World) -> None:
-    await world.accept(12, attachments=FILES)
+    await world.accept(6, attachments=FILES)
     await world.accept(20)
     sender = Counting(plain=20)
     ports = Ports(email=sender, sms=world.ports().sms, send_rate=Unlimited())
 
     counts = await world.run(ports=ports, send_concurrency=32)
 
-    assert counts["sent"] == 32
-    assert sender.most == MAX_FILE_CALLS
+    assert counts["sent"] == 26
+    assert sender.most == MAX_FILE_BYTES // SIZE

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from psycopg import AsyncConnection
 
 from nightmail.clock import monotonic
 from nightmail.ids import new_claim_id
@@ -286,6 +287,34 @@ async def test_an_unknown_error_of_an_adapter_is_treated_as_doubt(world: World) 
     ports = Ports(email=Broken(), sms=world.ports().sms, send_rate=Unlimited())
     assert (await world.run(ports=ports))["retried"] == 1
     assert world.queued(message)["takeovers"] == 1
+
+
+async def test_the_runs_deadline_cuts_no_call_short(world: World) -> None:
+    """Calls take 1 s of the 2 s they may; a run of 6 s must begin none that it would have to give up."""
+    await world.accept(40, to=lambda number: to("slow", number))
+    counts = await world.run(deadline_s=6.0, send_concurrency=4, provider_timeout_s=4.0)
+    assert counts["sent"] > 0
+    assert counts["retried"] == 0
+    assert world.account().calls == counts["sent"]
+
+
+async def test_results_wait_for_a_busy_database_while_the_leases_last(world: World) -> None:
+    """A session that holds the usage rows for longer than the lock timeout costs time, not results."""
+    await world.accept(5)
+    locker = await AsyncConnection.connect(world.database_url)
+    await locker.execute("SELECT FROM usage_records FOR UPDATE")
+    await locker.execute("LOCK TABLE usage_records IN SHARE MODE")
+
+    async def let_go() -> None:
+        await asyncio.sleep(9)  # longer than one try with its three retries of 2 s each
+        await locker.rollback()
+
+    letting_go = asyncio.create_task(let_go())
+    counts = await world.run(lanes=["live:email"])
+    await letting_go
+    await locker.close()
+    assert counts["sent"] == 5
+    assert world.account().calls == 5
 
 
 # ── suppressed, canceled, moved ──
