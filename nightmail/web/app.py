@@ -24,8 +24,8 @@ from nightmail.ids import new_id
 from nightmail.web.api.table import OPERATIONS
 from nightmail.web.auth import KeyCache
 from nightmail.web.openapi import documentation_routes
-from nightmail.web.operation import Operation, OperationsAt, Reply, State, send_reply
-from nightmail.web.problems import DATABASE_AWAY, Header, problem_body, unavailable
+from nightmail.web.operation import Operation, OperationsAt, Reply, State, reply_away, send_reply
+from nightmail.web.problems import Header, problem_body
 from nightmail.web.rate_limit import RateLimiter
 from nightmail.web.services import Services
 
@@ -107,8 +107,7 @@ class OutermostLayer:
             structlog.get_logger().warning("http.database_away", request_id=request_id, error=str(error))
             if has_started:
                 raise
-            away = unavailable(DATABASE_AWAY)
-            await send_reply(send_on, Reply(problem_body(503, away.name, away.message), 503, away.headers))
+            await send_reply(send_on, reply_away())
         except Exception as error:
             structlog.get_logger().error("http.defect", request_id=request_id, **describe_defect(error))
             if has_started:

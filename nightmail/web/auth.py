@@ -24,6 +24,7 @@ from nightmail.settings import LOOPBACK_HOSTS
 from nightmail.store.api_keys import ApiKey, find_api_key
 from nightmail.store.database import Database
 from nightmail.web.client_address import Network, client_address, is_within
+from nightmail.web.failures import Failures
 from nightmail.web.problems import Problem, invalid_api_key, missing_api_key, restricted_api_key
 from nightmail.web.services import Services
 
@@ -32,6 +33,8 @@ Access = Literal["open", "sending", "full", "admin"]
 
 CACHE_S = 5.0
 MAX_CACHED = 10_000
+# What a proxy adds; a request with one of these may come from anywhere, whatever its peer is.
+FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
 _HOST = re.compile(r"(\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]+))(:[0-9]{1,5})?")
 _TOKEN = re.compile(r"nm_(live|test)_[A-Za-z0-9_-]{43}")
 
@@ -78,13 +81,18 @@ class KeyCache:
 
 
 async def authenticate(
-    services: Services, keys: KeyCache, scope: Scope, headers: Mapping[bytes, bytes], access: Access
+    services: Services,
+    keys: KeyCache,
+    failures: Failures,
+    scope: Scope,
+    headers: Mapping[bytes, bytes],
+    access: Access,
 ) -> ApiKey | None:
-    """Return the caller's key (None for open and admin access). Raises Problem: 401, 403 or 503."""
+    """Return the caller's key (None for open and admin access). Raises Problem: 401, 403, 429 or 503."""
     if access == "open":
         return None
     if access == "admin":
-        check_admin(services, headers)
+        check_admin(services, failures, scope, headers)
         return None
     token = bearer_of(headers)
     if not token:
@@ -107,23 +115,41 @@ def bearer_of(headers: Mapping[bytes, bytes]) -> str:
     return token.strip().decode("latin-1") if scheme.lower() == b"bearer" else ""
 
 
-def check_admin(services: Services, headers: Mapping[bytes, bytes]) -> None:
-    """Let the operator pass. Raises Problem: 401 or 403, or 503 while no ADMIN_TOKEN is set.
-
-    Without a token only this machine may call, in development: then the Host header, too, must name this machine,
-    so that a web page which resolves its own name to 127.0.0.1 gets nothing.
-    """
+def check_admin(services: Services, failures: Failures, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+    """Let the operator pass. Raises Problem: 401, 403, 429 after too many wrong tokens, or as check_open does."""
     expected = services.settings.admin_token
     if expected is None:
-        if not services.is_open_to_loopback or not is_loopback_host(headers.get(b"host", b"")):
-            raise Problem(503, "application_error", "The admin API is closed: set ADMIN_TOKEN (16 characters or more).")
-        _warn_open()
+        check_open(services, headers)
         return
     token = bearer_of(headers)
     if not token:
         raise missing_api_key()
-    if not hmac.compare_digest(token.encode("latin-1"), expected.get_secret_value().encode()):
-        raise invalid_api_key("The admin token is invalid.")
+    if hmac.compare_digest(token.encode("latin-1"), expected.get_secret_value().encode()):
+        return
+    address = str(client_address(scope, services.settings.trusted_proxies))
+    if failures.is_over(address):
+        raise Problem(
+            429, "rate_limit_exceeded", "Too many wrong admin tokens; try again in a minute.", [(b"retry-after", b"60")]
+        )
+    failures.note(address)
+    structlog.get_logger().warning("admin.unauthorized", address=address)
+    raise invalid_api_key("The admin token is invalid.")
+
+
+def check_open(services: Services, headers: Mapping[bytes, bytes]) -> None:
+    """Let this machine pass where no ADMIN_TOKEN is set, in development. Raises Problem (503)."""
+    if not services.is_open_to_loopback or not is_local_call(headers):
+        raise Problem(503, "application_error", "The admin API is closed: set ADMIN_TOKEN (16 characters or more).")
+    _warn_open()
+
+
+def is_local_call(headers: Mapping[bytes, bytes]) -> bool:
+    """Return whether a request that reached a loopback address was made for it, by somebody on this machine.
+
+    The Host header must name this machine, so that a web page which resolves its own name to 127.0.0.1 gets nothing;
+    and no proxy may have passed the request on, because then the world may stand behind it.
+    """
+    return is_loopback_host(headers.get(b"host", b"")) and not any(name in headers for name in FORWARDED)
 
 
 def is_loopback_host(host: bytes) -> bool:

@@ -14,7 +14,7 @@ only after the secret was right, so that unknown and known names answer alike wi
 | 429 | {"error":"Too Many Requests"} after 20 failures in a minute from one address, for failing calls only |
 | 500 | {"success":false,"jobId","error"} when the run itself broke |
 | 501 | {"error":"Not Implemented","missing":[…]} |
-| 503 | {"error":"Service Unavailable"} while the database is away, or without a secret off loopback |
+| 503 | {"error":"Service Unavailable"} while the database is away, or without a secret to all but this machine |
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import hmac
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -47,16 +46,15 @@ from nightmail.errors import DatabaseAway
 from nightmail.log import escape
 from nightmail.settings import LOOPBACK_HOSTS, Settings
 from nightmail.store import cron_secrets
+from nightmail.web.auth import is_local_call
 from nightmail.web.client_address import client_address, is_within
+from nightmail.web.failures import Failures
 
 PREFIXES = ("/api/cron", "/api/jobs")
 TICK_PATH = "/api/cron/tick"
 TICK_NAME = "tick"
 METHODS = ("GET", "POST")
 
-FAILURES_A_MINUTE = 20
-# Addresses remembered for it; beyond that the oldest is forgotten.
-ADDRESSES_KEPT = 10_000
 NOTE_USE_EVERY_S = 60.0
 MIN_DEADLINE_S = 1.0
 # Nobody signs in with more; hashing stays cheap.
@@ -190,7 +188,7 @@ class Guard:
         self._settings = settings
         self._log: FilteringBoundLogger = structlog.get_logger()
         self._hashes = [sha256(s.get_secret_value().encode()).digest() for s in settings.cron_secret]
-        self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._failures = Failures()
         self._noted: dict[bytes, float] = {}
         self._is_open = not self._hashes and settings.nightmail_env != "production" and is_loopback(bound_host)
         if self._is_open:
@@ -207,15 +205,16 @@ class Guard:
 
     def refusal(self, request: Request) -> Response | None:
         """Return the answer to a caller without the secret, None when the call may go on."""
-        if self._is_open:
+        if self._is_open and is_local_call(dict(request.scope["headers"])):
             return None
         if not self._hashes:
             return away()
         if self._matching(request) is not None:
             return None
         address = self._address(request) or "unknown"
-        if self._is_flooding(address):
+        if self._failures.is_over(address):
             return _error(429, "Too Many Requests", {"Retry-After": "60"})
+        self._failures.note(address)
         self._log.warning(
             f"[Security] Unauthorized cron attempt from {address}",
             kind="cron.unauthorized",
@@ -252,16 +251,6 @@ class Guard:
         for candidate in self._hashes:
             match = candidate if hmac.compare_digest(candidate, given) else match
         return match
-
-    def _is_flooding(self, address: str) -> bool:
-        """Count one more failure; return whether the address has had its twenty in this minute."""
-        since, count = self._failures.pop(address, (monotonic(), 0))
-        if monotonic() - since >= 60:
-            since, count = monotonic(), 0
-        self._failures[address] = (since, count + 1)
-        if len(self._failures) > ADDRESSES_KEPT:
-            self._failures.popitem(last=False)
-        return count >= FAILURES_A_MINUTE
 
     def _address(self, request: Request) -> str | None:
         address = client_address(request.scope, self._settings.trusted_proxies)

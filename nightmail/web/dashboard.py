@@ -34,11 +34,14 @@ from nightmail.store import messages, orgs, overview
 from nightmail.store.database import Connection
 from nightmail.web import admin_session, charts, wording
 from nightmail.web.client_address import client_address
+from nightmail.web.failures import Failures
 from nightmail.web.problems import Problem
 from nightmail.web.services import Services, template_environment
 
 STATIC = Path(__file__).parent / "static"
 FORM_MAX = 4096
+# For what one page reads; a frozen database then shows as one that is away.
+READ_LIMIT_S = 10.0
 OUR_PAGE = re.compile(r"/dashboard(/[A-Za-z0-9/_-]*)?(\?[!-~]*)?")
 ORGS_LISTED = 200
 SHOWN_STATES = (*STATES, "suppressed")
@@ -90,7 +93,7 @@ class Dashboard:
     def __init__(self, services: Services, engine: Engine) -> None:
         self.services = services
         self.engine = engine
-        self.failures = admin_session.Failures()
+        self.failures = Failures(admin_session.FAILURES_MAX)
         self.templates = page_templates()
 
     def route(self, path: str, handler: Handler, *, method: str = "GET", is_public: bool = False) -> Route:
@@ -125,7 +128,10 @@ class Page:
 
     async def read(self, step: Callable[[Connection], Awaitable[Any]]) -> Any:
         """Run one or several SELECTs. Raises DatabaseAway."""
-        return await self.services.database.run(step)
+        try:
+            return await self.engine.background.within(READ_LIMIT_S, self.services.database.run(step))
+        except TimeoutError as error:
+            raise DatabaseAway(str(error)) from error
 
     def show(self, template: str, *, status: int = 200, policy: str = PAGE_POLICY, **values: Any) -> Response:
         """Return the page."""

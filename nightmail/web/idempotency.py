@@ -63,6 +63,4 @@ async def accept_once(
         raise Problem(
             409, "invalid_idempotent_request", "This Idempotency-Key was used before with a different request."
         )
-    if call.services.on_accepted is not None and any(m.scheduled_at is None for m in messages):
-        call.services.on_accepted()
     return Reply(content, status)

@@ -32,7 +32,7 @@ REASONS: Mapping[int, str] = {
     422: "A value is refused; the message names the field.",
     429: "Too many requests; `retry-after` says when to come back.",
     500: "A defect of Nightmail.",
-    503: "The database is away; nothing was accepted. Try again.",
+    503: "The database is away and the outcome unknown. Try again with the same Idempotency-Key.",
 }
 HEADERS: Mapping[str, dict[str, Any]] = {
     "Idempotency-Key": {
@@ -59,9 +59,7 @@ def statuses(operation: Operation) -> list[int]:
     """Return the statuses an operation may answer with besides its own."""
     found = {405, 500, *operation.errors}
     if operation.access != "open":
-        found |= {401, 403, 503}
-    if operation.access in ("sending", "full"):
-        found.add(429)
+        found |= {401, 403, 429, 503}
     if operation.body is not None:
         found |= {400, 408, 413, 422}
     if operation.headers:

@@ -8,6 +8,7 @@ Each operation is declared once. From the declaration come the route, the checks
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -15,12 +16,15 @@ from urllib.parse import parse_qsl
 from uuid import UUID
 
 import msgspec
+import structlog
 from starlette.types import Receive, Scope, Send
 
+from nightmail.engine.background import Background
 from nightmail.errors import DatabaseAway
 from nightmail.store.api_keys import ApiKey
 from nightmail.web.auth import Access, KeyCache, authenticate
 from nightmail.web.bodies import ONE_MIB, BodyBudget, budgeted, convert, explain, parse_json, read_body
+from nightmail.web.failures import Failures
 from nightmail.web.problems import (
     DATABASE_AWAY,
     JSON_TYPE,
@@ -35,6 +39,11 @@ from nightmail.web.services import Services
 
 B = TypeVar("B")
 encode = msgspec.json.Encoder().encode
+
+# For finding the key, and again for the handler; reading the body counts for neither.
+ANSWER_LIMIT_S = 10.0
+# A handler has more time for a large body: this many bytes are stored in a second even on a slow machine.
+SLOWEST_BYTES_A_S = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,8 @@ class State:
     keys: KeyCache
     limiter: RateLimiter
     budget: BodyBudget = field(default_factory=BodyBudget)
+    failures: Failures = field(default_factory=Failures)
+    background: Background = field(default_factory=Background)
 
 
 @dataclass(slots=True)
@@ -125,6 +136,43 @@ class Operation:
         return getattr(self.handler, "__name__", "operation")
 
 
+class Watchdog:
+    """Answers in a request's place when its work takes too long, and cancels the work without waiting for it.
+
+    A statement on a frozen PostgreSQL ignores its cancellation, and whoever awaits it is stuck with it: so the answer
+    is sent from beside. Its timers cost a request 6 µs; a task around each handler costs 16 and more.
+    """
+
+    __slots__ = ("_answer", "_task", "_timer", "has_answered")
+
+    def __init__(self, answer: Callable[[], None]) -> None:
+        self.has_answered = False
+        self._answer = answer
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float) -> None:
+        """Give the work so much time from now on."""
+        self.stop()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._end)
+
+    def stop(self) -> None:
+        """Count no time for now."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self) -> None:
+        self.has_answered = True
+        self._answer()
+        if self._task is not None:
+            self._task.cancel()
+
+    def took_back(self) -> bool:
+        """Return whether a cancellation was the watchdog's alone: then nobody else wants the task to end."""
+        return self.has_answered and (self._task is None or self._task.uncancel() == 0)
+
+
 class OperationsAt:
     """The ASGI app of one path: its operations by method."""
 
@@ -138,25 +186,40 @@ class OperationsAt:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; refusals are answered here, defects are left to the outermost layer."""
         extra: list[Header] = []
+        watchdog = Watchdog(lambda: self._give_up(scope, send))
         try:
             operation = self._operations.get(scope["method"])
             if operation is None:
                 raise Problem(
                     405, "method_not_allowed", f"Method {scope['method'][:20]} is not allowed here.", [self._allow]
                 )
-            reply = await self._answer(operation, scope, receive, extra)
+            reply = await self._answer(operation, scope, receive, extra, watchdog)
         except Problem as problem:
             content = problem_body(problem.status, problem.name, problem.message)
             reply = Reply(content, problem.status, problem.headers)
         except DatabaseAway:
-            away = unavailable(DATABASE_AWAY)
-            reply = Reply(problem_body(away.status, away.name, away.message), away.status, away.headers)
-        await send_reply(send, reply, extra)
+            reply = reply_away()
+        except asyncio.CancelledError:
+            if watchdog.took_back():
+                return
+            raise
+        finally:
+            watchdog.stop()
+        if not watchdog.has_answered:
+            await send_reply(send, reply, extra)
 
-    async def _answer(self, operation: Operation, scope: Scope, receive: Receive, extra: list[Header]) -> Reply:
+    def _give_up(self, scope: Scope, send: Send) -> None:
+        """Answer from beside the task that is stuck."""
+        structlog.get_logger().warning("http.gave_up", request_id=scope.get("request_id"), path=scope["route"].path)
+        self._state.background.start(send_reply(send, reply_away()))
+
+    async def _answer(
+        self, operation: Operation, scope: Scope, receive: Receive, extra: list[Header], watchdog: Watchdog
+    ) -> Reply:
         headers = dict(scope["headers"])
         state = self._state
-        key = await authenticate(state.services, state.keys, scope, headers, operation.access)
+        watchdog.start(ANSWER_LIMIT_S)
+        key = await authenticate(state.services, state.keys, state.failures, scope, headers, operation.access)
         if key is not None:
             rate = key.rate_per_s or state.services.settings.api_rate_per_s
             extra += await state.limiter.take(key.id, rate)
@@ -165,9 +228,10 @@ class OperationsAt:
         call = Call(state, scope, headers, key, ids, query, None, None)
         if operation.body is None:
             return await operation.handler(call)
-        return await self._answer_body(operation, call, receive)
+        watchdog.stop()
+        return await self._answer_body(operation, call, receive, watchdog)
 
-    async def _answer_body(self, operation: Operation, call: Call[Any], receive: Receive) -> Reply:
+    async def _answer_body(self, operation: Operation, call: Call[Any], receive: Receive, watchdog: Watchdog) -> Reply:
         budget = self._state.budget
         declared = call.headers.get(b"content-length")
         body = await read_body(receive, declared=declared, limit=operation.body_limit, budget=budget)
@@ -175,9 +239,16 @@ class OperationsAt:
             call.raw = await parse_json(body)
             if operation.convert_body:
                 call.body = convert(call.raw, operation.body)
+            watchdog.start(ANSWER_LIMIT_S + len(body) / SLOWEST_BYTES_A_S)
             return await operation.handler(call)
         finally:
             budget.give_back(budgeted(body))
+
+
+def reply_away() -> Reply:
+    """Return the 503 of a database that is away or gives no answer."""
+    away = unavailable(DATABASE_AWAY)
+    return Reply(problem_body(away.status, away.name, away.message), away.status, away.headers)
 
 
 async def send_reply(send: Send, reply: Reply, extra: Sequence[Header] = ()) -> None:

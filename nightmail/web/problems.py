@@ -83,4 +83,7 @@ def unavailable(message: str, *, retry_after_s: int = 2) -> Problem:
     return Problem(503, "application_error", message, [(b"retry-after", str(retry_after_s).encode())])
 
 
-DATABASE_AWAY = "The database cannot be reached. Nothing was accepted; please try again."
+DATABASE_AWAY = (
+    "The database cannot be reached. It is unknown whether the request was carried out: "
+    "repeat it with the same Idempotency-Key."
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ def template_environment() -> jinja2.Environment:
 class Services:
     """Made once by the composition root, shared by all routes, never changed.
 
-    `bound_host` is the address the server listens on. `valkey` None means rate limits per process. `on_accepted` is
-    told that a message due now was committed. `engine` and `ports` are for the cron and dashboard routes.
+    `bound_host` is the address the server listens on. `valkey` None means rate limits per process.
+    `engine` and `ports` are for the cron and dashboard routes.
     """
 
     settings: Settings
@@ -36,7 +35,6 @@ class Services:
     bound_host: str
     templates: jinja2.Environment
     valkey: Valkey | None = None
-    on_accepted: Callable[[], None] | None = None
     engine: Any = None
     ports: Any = None
 

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 from valkey.asyncio import Valkey
 
+from nightmail.ids import new_id
 from nightmail.settings import load
 from nightmail.store.database import Database
 from nightmail.web.app import create_app
@@ -53,7 +54,6 @@ class Server:
     url: str
     conninfo: str
     app: Starlette
-    accepted: list[None] = field(default_factory=list)
     session: requests.Session = field(default_factory=requests.Session)
 
     def call(
@@ -88,6 +88,18 @@ class Server:
             return counted
 
 
+def make_run(server: Server, job: str = "send-scheduled", state: str = "succeeded") -> str:
+    """Write down a run as if it had just ended, and return its id."""
+    [(run_id,)] = server.rows(
+        "INSERT INTO job_runs (job_id, job, slot, trigger, host, started_at, deadline_s, finished_at, state,"
+        " duration_ms) VALUES (%s, %s, now(), 'http', 'h', clock_timestamp(), 25, now(), %s, 5) RETURNING job_id",
+        new_id(),
+        job,
+        state,
+    )
+    return str(run_id)
+
+
 @contextmanager
 def serving(
     conninfo: str,
@@ -98,7 +110,6 @@ def serving(
     **settings: Any,
 ) -> Iterator[Server]:
     """Serve the app until the block ends; `settings` are fields of Settings."""
-    accepted: list[None] = []
     database = Database(conninfo)
     services = Services(
         settings=load({"nightmail_env": "test", "admin_token": ADMIN_TOKEN, "api_rate_per_s": 100_000, **settings}),
@@ -106,7 +117,6 @@ def serving(
         bound_host=bound_host,
         templates=template_environment(),
         valkey=Valkey.from_url(valkey_url) if valkey_url else None,
-        on_accepted=lambda: accepted.append(None),
     )
 
     @asynccontextmanager
@@ -120,13 +130,13 @@ def serving(
     app = create_app(services, lifespan=lifespan, extra_routes=extra_routes)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, proxy_headers=False, lifespan="on", timeout_graceful_shutdown=5
+        app, log_config=None, access_log=False, proxy_headers=False, lifespan="on", timeout_graceful_shutdown=5
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    running = Server(url, conninfo, app, accepted)
+    running = Server(url, conninfo, app)
     try:
         _wait_until_ready(running, thread)
         yield running

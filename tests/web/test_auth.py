@@ -10,7 +10,7 @@ import pytest
 
 from nightmail.web.operation import Operation
 from tests.web.examples import BUILT, WITH_BODY, make_belongings, name_of
-from tests.web.serving import ADMIN_TOKEN, Org, Server, serving
+from tests.web.serving import ADMIN_TOKEN, Org, Server, make_run, serving
 
 
 @pytest.fixture
@@ -98,7 +98,8 @@ def test_a_trusted_proxy_names_the_caller(database_url: str) -> None:
 
 @pytest.mark.parametrize("operation", ADMIN, ids=name_of)
 def test_admin_operations_want_the_admin_token(server: Server, org: Org, operation: Operation) -> None:
-    path = operation.path.replace("{id}", org.id)
+    run_id = make_run(server)
+    path = operation.path.replace("{id}", org.id).replace("{jobId}", run_id)
     before = server.counts()
     assert server.call(operation.method, path, None, operation.example).status_code == 401
     for wrong in (org.live_key, ADMIN_TOKEN + "x", ADMIN_TOKEN[:-1], "x"):
@@ -106,6 +107,21 @@ def test_admin_operations_want_the_admin_token(server: Server, org: Org, operati
         assert (answer.status_code, answer.json()["name"]) == (403, "invalid_api_key")
     assert server.counts() == before
     assert server.call(operation.method, path, ADMIN_TOKEN, operation.example).ok
+
+
+@pytest.fixture(autouse=True)
+def no_failures_yet(server: Server) -> None:
+    """Wrong tokens of one test do not count in the next."""
+    server.app.state.api.failures._times.clear()
+
+
+def test_wrong_admin_tokens_are_slowed_down_and_the_right_one_is_not(server: Server) -> None:
+    statuses = [server.call("GET", "/orgs", f"guess-{i}").status_code for i in range(22)]
+    assert statuses == [403] * 20 + [429] * 2
+    answer = server.call("POST", "/orgs", "guess", {"name": "x"})
+    assert (answer.status_code, answer.json()["name"]) == (429, "rate_limit_exceeded")
+    assert answer.headers["retry-after"] == "60"
+    assert server.call("GET", "/orgs", ADMIN_TOKEN).status_code == 200
 
 
 def status_of_orgs(server: Server, host: str | None = None) -> tuple[int, str]:
@@ -126,6 +142,13 @@ def test_without_admin_token_only_development_on_loopback_is_open(database_url: 
         assert status_of_orgs(server)[0] == 503
     with serving(database_url, admin_token=None, nightmail_env="test") as server:
         assert status_of_orgs(server)[0] == 503
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "X-Real-IP", "X-Forwarded-Host", "Via"])
+def test_without_admin_token_what_a_proxy_forwards_is_refused(module_server: Server, header: str) -> None:
+    with serving(module_server.conninfo, admin_token=None, nightmail_env="development") as server:
+        answer = server.call("GET", "/orgs", headers={"Host": "localhost", header: "127.0.0.1"})
+        assert (answer.status_code, "set ADMIN_TOKEN" in answer.text) == (503, True)
 
 
 def test_keys_of_an_org_are_made_for_either_env(server: Server, org: Org) -> None:

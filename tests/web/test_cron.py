@@ -430,6 +430,20 @@ def test_without_a_secret_development_is_open_on_loopback_and_closed_elsewhere(d
     ] * 2
 
 
+def test_without_a_secret_only_this_machine_is_let_in_and_nothing_a_proxy_forwards(database_url: str) -> None:
+    with serving(database_url, cron_secret=(), nightmail_env="development") as server:
+        for header, value in (("X-Forwarded-For", "127.0.0.1"), ("Forwarded", "for=127.0.0.1")):
+            reply = server.call(headers=[(header, value)])
+            assert (reply.status, reply.body) == (503, b'{"error":"Service Unavailable"}')
+        for host in (b"mail.example.com", b"127.0.0.1.evil.example"):
+            answer = server.raw(
+                b"GET " + SEND.encode() + b" HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
+            )
+            assert answer.startswith(b"HTTP/1.1 503")
+        assert rows(database_url, "SELECT count(*) FROM job_runs") == [(0,)]
+        assert server.call().status == 200
+
+
 def test_every_secret_is_compared_whatever_the_caller_sends(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[bytes, bytes]] = []
     compare = hmac.compare_digest

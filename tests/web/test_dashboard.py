@@ -39,7 +39,7 @@ def dashboard(conninfo: str, *, bound_host: str = "127.0.0.1", **fields: Any) ->
     async def serve() -> None:
         async with open_application(settings, Servers(conninfo, None)) as application:
             app = build_web(application, bound_host)
-            config = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False, lifespan="off")
+            config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False, lifespan="off")
             servers.append(uvicorn.Server(config))
             began.set()
             await servers[0].serve([listener])
@@ -453,3 +453,11 @@ def test_distances_are_said_from_now() -> None:
     moment = now()
     assert wording.distance(moment, moment) == "now"
     assert wording.distance(moment.replace(year=moment.year + 1), moment).startswith("in 36")
+
+
+def test_without_a_token_the_pages_are_closed_to_what_a_proxy_forwards(database_url: str) -> None:
+    with dashboard(database_url, admin_token=None, nightmail_env="development") as server:
+        assert get(server, "/dashboard/runs").status_code == 200
+        for header in ("X-Forwarded-For", "Forwarded"):
+            assert get(server, "/dashboard/runs", headers={header: "127.0.0.1"}).status_code == 503
+        assert get(server, "/dashboard/runs", headers={"Host": "mail.example.com"}).status_code == 503

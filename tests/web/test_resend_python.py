@@ -78,12 +78,10 @@ def test_a_sent_email_is_stored_and_comes_back(server: Server, org: Org) -> None
     ]
     assert server.rows("SELECT lane, due_at <= now() FROM message_queue") == [("live:email", True)]
     assert server.rows("SELECT sum(reserved)::int FROM usage_records") == [(3,)]
-    assert server.accepted == [None]
 
 
 def test_a_scheduled_email_waits_moves_and_is_canceled(server: Server) -> None:
     sent = send(scheduled_at="in 1 hour")
-    assert server.accepted == []
     assert sdk.Emails.get(sent)["last_event"] == "scheduled"
     [(due,)] = server.rows("SELECT due_at FROM message_queue")
     assert abs(due - datetime.now(UTC) - timedelta(hours=1)) < timedelta(minutes=1)

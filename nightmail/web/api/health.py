@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Literal
 
 import msgspec
 
 from nightmail.errors import DatabaseAway
+from nightmail.store.database import Database
 from nightmail.store.health import is_writable
 from nightmail.web.operation import Call, Operation, Reply
 
@@ -37,9 +37,8 @@ async def readyz(call: Call[None]) -> Reply:
     """Say whether the database answers and takes writes."""
     reasons = []
     try:
-        async with asyncio.timeout(READY_TIMEOUT_S), call.services.database.connection() as conn:
-            if not await is_writable(conn):
-                reasons.append("database: read-only")
+        if not await call.state.background.within(READY_TIMEOUT_S, _takes_writes(call.services.database)):
+            reasons.append("database: read-only")
     except TimeoutError:
         reasons.append(f"database: no answer within {READY_TIMEOUT_S:.0f} s")
     except DatabaseAway:
@@ -48,6 +47,11 @@ async def readyz(call: Call[None]) -> Reply:
     scope: Literal["shared", "process"] = "shared" if call.state.limiter.is_shared else "process"
     body = Readiness("unavailable" if reasons else "ok", reasons, scope)
     return Reply(body, 503 if reasons else 200)
+
+
+async def _takes_writes(database: Database) -> bool:
+    async with database.connection() as conn:
+        return await is_writable(conn)
 
 
 OPERATIONS = (

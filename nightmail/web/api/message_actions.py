@@ -61,8 +61,6 @@ async def release(call: Call[Release], channel: Channel) -> None:
         raise not_found(NOUNS[channel])
     if result == "not_ambiguous":
         raise Problem(409, "not_ambiguous", f"Only an ambiguous {NOUNS[channel]} can be released.")
-    if call.body.action == "resend" and call.services.on_accepted is not None:
-        call.services.on_accepted()
 
 
 async def list_events(call: Call[None], channel: Channel) -> list[EventItem]:

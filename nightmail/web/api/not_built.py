@@ -57,7 +57,10 @@ PATHS = (
     ("/exports", "GET POST"),
     ("/exports/{rest:path}", "GET POST DELETE"),
     ("/stats", "GET"),
+    ("/credits", "GET"),
     ("/credits/{rest:path}", "GET POST"),
+    ("/purchases", "GET POST"),
+    ("/purchases/{rest:path}", "GET POST"),
     ("/explain/{id}", "GET"),
 )
 

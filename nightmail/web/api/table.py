@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nightmail.web.api import api_keys, emails, health, not_built, orgs, sms, suppressions, usage
+from nightmail.web.api import api_keys, emails, health, not_built, orgs, runs, sms, suppressions, usage
 from nightmail.web.operation import Operation
 
 OPERATIONS: tuple[Operation, ...] = (
@@ -12,6 +12,7 @@ OPERATIONS: tuple[Operation, ...] = (
     *api_keys.OPERATIONS,
     *usage.OPERATIONS,
     *orgs.OPERATIONS,
+    *runs.OPERATIONS,
     *health.OPERATIONS,
     *not_built.OPERATIONS,
 )
