@@ -11,10 +11,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+
+from nightmail import cli
 
 SECRET = "4f1c0e6ad3b84c7b9a52d06e8f3b71c9"
 
@@ -33,6 +36,21 @@ def nightmail(*arguments: str, database_url: str = "", **env: str) -> subprocess
 def environment(database_url: str, **env: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG", "TMPDIR")}
     return {**kept, **({"DATABASE_URL": database_url} if database_url else {}), **env}
+
+
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, *arguments: str, database_url: str = "", **env: str
+) -> int | str | None:
+    """Run main() here, which costs no start of a process; return the exit code. Logging is left as it is."""
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    for name, value in environment(database_url, **env).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["nightmail", *arguments])
+    monkeypatch.setattr(cli, "configure_logging", lambda settings: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
 
 
 def answer(ran: subprocess.CompletedProcess[str]) -> Any:
@@ -108,10 +126,23 @@ def test_the_list_of_jobs_says_which_are_built() -> None:
         (["frobnicate"], "frobnicate"),
     ],
 )
-def test_bad_usage_is_exit_code_2_and_a_sentence(database_url: str, arguments: list[str], text: str) -> None:
-    ran = nightmail(*arguments, database_url=database_url)
+def test_bad_usage_is_exit_code_2_and_a_sentence(
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    text: str,
+) -> None:
+    assert in_process(monkeypatch, *arguments, database_url=database_url) == 2
+    said = capsys.readouterr().err
+    assert text in said
+    assert "Traceback" not in said
+
+
+def test_a_process_ends_with_the_exit_code_and_the_sentence() -> None:
+    ran = nightmail("run", "send-mail", database_url="postgresql:///nowhere?host=/nowhere")
     assert ran.returncode == 2
-    assert text in ran.stderr
+    assert "no job named 'send-mail'" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
@@ -131,7 +162,23 @@ def test_bad_usage_is_exit_code_2_and_a_sentence(database_url: str, arguments: l
         ({"CRON_ALLOWED_IPS": "10.0.0.0/99"}, "CIDR"),
     ],
 )
-def test_unusable_settings_stop_the_start(env: dict[str, str], text: str) -> None:
+def test_unusable_settings_stop_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], env: dict[str, str], text: str
+) -> None:
+    nowhere = "postgresql:///nowhere?host=/nowhere"
+    assert in_process(monkeypatch, "serve", "--port", "0", database_url=nowhere, **env) == 2
+    said = capsys.readouterr()
+    assert text in said.err
+    assert "Traceback" not in said.err
+    assert SECRET not in said.err
+    assert "ready" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [({"NIGHTMAIL_ENV": "production"}, "CRON_SECRET"), ({"CRON_SECRET": f"{SECRET}\n"}, "visible ASCII")],
+)
+def test_a_process_with_unusable_settings_does_not_start(env: dict[str, str], text: str) -> None:
     ran = nightmail("serve", "--port", "0", database_url="postgresql:///nowhere?host=/nowhere", **env)
     assert ran.returncode == 2
     assert text in ran.stderr
@@ -176,10 +223,13 @@ def children_of(pid: int) -> list[int]:
 def test_without_postgresql_it_serves_503_and_says_why() -> None:
     with serving(database_url="postgresql:///nowhere?host=/nowhere", CRON_SECRET=SECRET) as (url, process):
         assert fetch(f"{url}/healthz") == (200, {"status": "ok"})
-        status, body = fetch(f"{url}/readyz")
+        with ThreadPoolExecutor(2) as threads:  # each waits for a connection
+            ready = threads.submit(fetch, f"{url}/readyz")
+            called = threads.submit(fetch, f"{url}/api/cron/send-scheduled", Authorization=f"Bearer {SECRET}")
+        status, body = ready.result()
         assert status == 503
         assert body["reasons"]
-        assert fetch(f"{url}/api/cron/send-scheduled", Authorization=f"Bearer {SECRET}")[0] == 503
+        assert called.result()[0] == 503
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 0
 

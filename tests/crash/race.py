@@ -63,9 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 nurse.close()
                 provider.stop()
-    console.print(f"{account.sent:,} sent by {workers} processes in {took:.1f} s, {account.calls:,} calls taken")
-    console.print(f"doubles {account.doubles}, lost {len(account.lost)}, takeovers {account.takeovers}")
-    return 1 if account.violations or account.doubles or account.calls != options.messages else 0
+    is_kept = not account.violations and not account.doubles and account.calls == account.sent == options.messages
+    console.print(
+        f"{'kept' if is_kept else 'VIOLATED'}: {account.sent:,} of {options.messages:,} sent by "
+        f"{workers} of {RUNNERS + CALLERS} processes ({RUNNERS} runners, {CALLERS} callers) in {took:.1f} s, "
+        f"{account.calls:,} calls taken, doubles {account.doubles}, "
+        f"lost {len(account.lost)}, takeovers {account.takeovers}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0 if is_kept else 1
 
 
 if __name__ == "__main__":
