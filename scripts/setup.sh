@@ -19,9 +19,11 @@ fetch_uv() {
         $pip install --require-hashes --no-deps --requirement "$venv/uv.lock"
 }
 
-if fetch_uv && "$venv/bin/uv" pip sync --quiet --python "$venv/bin/python" --require-hashes "$lock"; then
+# What uv says is of interest only when it fails.
+if fetch_uv && "$venv/bin/uv" pip sync --quiet --python "$venv/bin/python" --require-hashes "$lock" 2>"$venv/uv.log"; then
     :
 else
+    cat "$venv/uv.log" >&2 || true
     echo "uv could not be used; pip takes about a minute."
     $pip install --require-hashes --requirement "$lock"
 fi
