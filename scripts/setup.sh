@@ -20,7 +20,7 @@ fetch_uv() {
 }
 
 # What uv says is of interest only when it fails.
-if fetch_uv && "$venv/bin/uv" pip sync --quiet --python "$venv/bin/python" --require-hashes "$lock" 2>"$venv/uv.log"; then
+if fetch_uv && "$venv/bin/uv" pip sync --quiet --system-certs --python "$venv/bin/python" --require-hashes "$lock" 2>"$venv/uv.log"; then
     :
 else
     cat "$venv/uv.log" >&2 || true
