@@ -8,6 +8,7 @@ PinpointSMSVoiceV2     POST /, JSON 1.0, X-Amz-Target: PinpointSMSVoiceV2.SendTe
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.errors import HeaderParseError
@@ -57,24 +58,24 @@ class _Refusal:
     reason: str = ""
 
 
-class AwsService:
+class AwsService(ABC):
     """One service: reads requests, words answers."""
 
     name: str
     invalid = _Refusal(400, "ValidationException", "")
     refusals: ClassVar[Mapping[Behaviour, _Refusal]]
 
+    @abstractmethod
     def read(self, headers: Mapping[str, str], body: bytes) -> Submission:
         """Return what is asked for; raises InvalidRequestError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def accepted(self, message_id: str) -> Answer:
         """Return the answer with the provider's message id; without one when it is ''."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refused(self, refusal: _Refusal) -> Answer:
         """Return the answer to a request not taken."""
-        raise NotImplementedError
 
     def refused_for(self, behaviour: Behaviour) -> Answer:
         """Return the refusal that belongs to a behaviour."""
