@@ -16,7 +16,7 @@ from nightmail.ids import new_claim_id
 from nightmail.jobs.send_scheduled import KEYS, cancel_until_over, run, work_lanes
 from nightmail.ports import Accepted, OutgoingEmail, Ports
 from nightmail.store import queue
-from nightmail.store.messages import cancel_message, get_message, release_message, reschedule_message
+from nightmail.store.messages import cancel_message, reschedule_message
 from nightmail.store.suppressions import add_suppressions
 from tests.crash.world import FakeProviderProcess, Unlimited, World
 
@@ -574,44 +574,3 @@ async def test_a_helper_that_loses_its_cancellation_does_not_outlive_the_run() -
         await cancel_until_over([task])
     assert task.cancelled()
     assert lost == 2
-
-
-# ── fair share, by the run ──
-
-
-async def test_ten_messages_do_not_wait_for_the_twenty_thousand_of_another_org(world: World) -> None:
-    other = await world.add_org()
-    earlier = datetime.now(UTC) - timedelta(minutes=5)
-    await world.accept(20_000, env="test", at=earlier)
-    few = await world.accept(10, env="test", org_id=other)
-    async with world.database() as database:
-        ctx = world.context(database, send_batch=20, crash="send-scheduled:test_set_recorded:raise:2")
-        with pytest.raises(Exception, match="test_set_recorded"):
-            await work_lanes(ctx, ("test",))
-    assert {world.state(message)[0] for message in few} == {"sent"}
-
-
-# ── ambiguous messages, decided by a person ──
-
-
-@pytest.mark.parametrize(
-    ("action", "state", "used"), [("resend", "sent", 1), ("mark_sent", "sent", 1), ("cancel", "canceled", 0)]
-)
-async def test_an_ambiguous_message_is_released_by_hand(world: World, action: Any, state: str, used: int) -> None:
-    (message,) = await world.accept(to=partial(to, "reset-after-once"), policy="at_most_once")
-    where: dict[str, Any] = {"org_id": world.org_id, "env": "live", "channel": "email", "message_id": message}
-    async with world.database() as database, database.connection() as conn:
-        assert await release_message(conn, **where, action=action) == "not_ambiguous"
-        await world.run()
-        await world.run(offset=AFTER_BACKOFF)
-        assert await release_message(conn, **{**where, "org_id": new_claim_id()}, action=action) == "not_found"
-        assert await release_message(conn, **where, action=action) == "released"
-        await world.run()
-        assert await release_message(conn, **where, action=action) == "not_ambiguous"
-        view = await get_message(conn, **where)
-    assert view is not None
-    assert view.state == state
-    account = world.account()
-    assert account.calls == (2 if action == "resend" else 1)
-    assert (account.usage[0], account.reserved_left, account.queue_left) == (used, 0, 0)
-    assert not account.wrong_events
