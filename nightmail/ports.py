@@ -6,7 +6,7 @@ subclasses; nothing foreign escapes. Retries belong to the claim loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import UUID
@@ -106,9 +106,55 @@ class SendRate(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class WebhookReply:
+    """What an endpoint answered: `body` is its beginning, up to 1 KB of text."""
+
+    status: int
+    body: str
+    retry_after_s: float | None = None
+
+
+class WebhookSender(Protocol):
+    """Posts one delivery, once, to an address that a stranger chose."""
+
+    async def post(self, url: str, *, body: bytes, headers: Mapping[str, str], timeout_s: float) -> WebhookReply:
+        """Make one attempt within `timeout_s` seconds, from the look-up of the name to the end of what is read.
+
+        Any answer is a reply, redirects too: they are not followed. Raises Retryable when there was none, and
+        Permanent("address_refused") when the address is one we never connect to.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...
+
+
+class SnsHost(Protocol):
+    """Amazon SNS as a source of notifications: its certificates, and the confirmation of a subscription."""
+
+    async def fetch_certificate(self, url: str) -> bytes:
+        """Return the PEM certificate at `url`, which the caller has checked to be on an SNS host.
+
+        Raises Retryable.
+        """
+        ...
+
+    async def confirm_subscription(self, url: str) -> None:
+        """Visit the confirmation link, which the caller has checked to be on an SNS host. Raises Retryable."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Ports:
     """The outside world as one run sees it."""
 
     email: EmailSender
     sms: SmsSender
     send_rate: SendRate
+    webhooks: WebhookSender
+    sns: SnsHost

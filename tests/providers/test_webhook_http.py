@@ -1,0 +1,293 @@
+"""Webhooks by HTTP against a receiver that misbehaves: one attempt, a bounded end, and our errors only."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
+from ipaddress import ip_network
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from nightmail.errors import Permanent, Retryable
+from nightmail.fakes.webhook_receiver import Receiver
+from nightmail.fakes.webhook_script import Behaviour, head
+from nightmail.ports import WebhookReply
+from nightmail.providers.guarded_http import SystemLookup
+from nightmail.providers.webhook_http import HttpWebhookSender, retry_after_s
+
+pytestmark = pytest.mark.anyio
+
+LOOPBACK = [ip_network("127.0.0.0/8")]
+NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
+
+
+async def on_loopback(host: str) -> Sequence[str]:
+    """Every name is this machine, but for those of the domain `gone`."""
+    if host.endswith(".gone"):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return ["127.0.0.1"]
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with Receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def made_without_a_loop() -> HttpWebhookSender:
+    return HttpWebhookSender(LOOPBACK, resolver=on_loopback, concurrency=4)
+
+
+@pytest.fixture
+async def sender(made_without_a_loop: HttpWebhookSender) -> AsyncIterator[HttpWebhookSender]:
+    yield made_without_a_loop
+    await made_without_a_loop.close()
+
+
+async def post(
+    sender: HttpWebhookSender, url: str, *, timeout_s: float = 5.0, headers: Mapping[str, str] = MappingProxyType({})
+) -> WebhookReply:
+    """Post a small event."""
+    return await sender.post(url, body=b'{"type":"message.sent"}', headers=headers, timeout_s=timeout_s)
+
+
+async def failure(sender: HttpWebhookSender, url: str, *, timeout_s: float = 5.0) -> str:
+    """Return the code with which a post fails for now."""
+    with pytest.raises(Retryable) as raised:
+        await post(sender, url, timeout_s=timeout_s)
+    return raised.value.code
+
+
+async def test_the_request_is_ours_to_the_byte(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    path = "/ok/a%2Fb/../c?sp=%2Ftriggers&sig=A%2Bb%3d~"
+    targets: list[str] = []
+    receiver_take = receiver.take
+    receiver.take = lambda target, *rest: targets.append(target) or receiver_take(target, *rest)  # type: ignore[method-assign, func-returns-value]
+    reply = await post(sender, receiver.url(path).replace("127.0.0.1", "hooks.test"), headers={"webhook-id": "msg_1"})
+    assert reply == WebhookReply(200, "ok")
+    assert targets == [path]
+    assert receiver.requests[0].body == b'{"type":"message.sent"}'
+    assert receiver.requests[0].headers == {
+        "host": f"hooks.test:{receiver.port}",
+        "user-agent": "Nightmail-Webhooks/1",
+        "content-type": "application/json",
+        "accept": "*/*",
+        "accept-encoding": "identity",
+        "content-length": "23",
+        "webhook-id": "msg_1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "reply"),
+    [
+        ("/status/204", WebhookReply(204, "")),
+        ("/status/500?body=oh+no", WebhookReply(500, "oh no")),
+        ("/gone", WebhookReply(410, "ok")),
+        ("/status/429?retry_after=7", WebhookReply(429, "ok", 7.0)),
+        ("/status/503?retry_after=soon", WebhookReply(503, "ok", None)),
+        ("/status/599", WebhookReply(599, "ok")),
+        ("/delay/0.01", WebhookReply(200, "ok")),
+        # the head has come, so it is a reply, whatever becomes of the body
+        ("/cut", WebhookReply(200, "less")),
+        ("/endless", WebhookReply(200, "endless " * 128)),
+    ],
+)
+async def test_any_answer_is_a_reply(
+    receiver: Receiver, sender: HttpWebhookSender, path: str, reply: WebhookReply
+) -> None:
+    assert await post(sender, receiver.url(path)) == reply
+
+
+async def test_a_body_that_drips_ends_with_the_time(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    reply = await post(sender, receiver.url("/drip-body"), timeout_s=0.4)
+    assert reply.status == 200
+    assert 1 <= len(reply.body) < 20
+    assert set(reply.body) == {"d"}
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/hang", "timeout"),
+        ("/drip", "timeout"),
+        ("/interim", "timeout"),
+        ("/reset", "reset"),
+        ("/close", "reset"),
+        ("/garbage", "bad_reply"),
+        ("/huge-headers", "bad_reply"),
+        ("/upgrade", "bad_reply"),
+        ("/status/999", "bad_reply"),
+    ],
+)
+async def test_no_answer_has_a_code_and_is_not_asked_for_twice(
+    receiver: Receiver, sender: HttpWebhookSender, path: str, code: str
+) -> None:
+    assert await failure(sender, receiver.url(path), timeout_s=0.4 if code == "timeout" else 5.0) == code
+    assert receiver.total == 1
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
+        b"HTTP/1.1 2OO OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nname\x00: value\r\n\r\n",
+        b"HTTP/9.9 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 5000 + b"\r\n",
+        b"\r\n" * 100_000,
+    ],
+)
+async def test_malformed_answers_are_bad_replies(receiver: Receiver, sender: HttpWebhookSender, wire: bytes) -> None:
+    receiver.behave("/raw", Behaviour("garbage", wire=wire))
+    assert await failure(sender, receiver.url("/raw")) in ("bad_reply", "reset")
+
+
+async def test_a_stale_connection_is_not_used_twice_for_one_post(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    await post(sender, receiver.url("/ok"))
+    assert await failure(sender, receiver.url("/reset")) == "reset"
+    assert (receiver.total, receiver.connections) == (2, 1)
+
+
+async def test_a_refused_connection(sender: HttpWebhookSender) -> None:
+    with socket.socket() as bound:  # bound and not listening
+        bound.bind(("127.0.0.1", 0))
+        assert await failure(sender, f"http://127.0.0.1:{bound.getsockname()[1]}/") == "refused"
+
+
+async def test_a_name_without_an_address(sender: HttpWebhookSender) -> None:
+    assert await failure(sender, "https://hooks.gone/") == "dns"
+
+
+async def test_what_is_no_url_of_a_webhook_is_permanent(sender: HttpWebhookSender) -> None:
+    for url in ("", "http://a b/", "ftp://127.0.0.1/", "http://127.0.0.1/\r\nx: y", "http://127.1/", "unix:///run/x"):
+        with pytest.raises(Permanent) as raised:
+            await post(sender, url)
+        assert raised.value.code == "address_refused"
+
+
+async def test_errors_do_not_repeat_the_secret_in_the_url(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    for url in (
+        receiver.url("/garbage?token=secret"),
+        "http://hooks.gone/?token=secret",
+        receiver.url("/hang?token=secret"),
+    ):
+        with pytest.raises(Retryable) as raised:
+            await post(sender, url, timeout_s=0.3)
+        assert "secret" not in str(raised.value)
+
+
+async def test_what_is_kept_of_a_body_is_text(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    def answer(body: bytes) -> Behaviour:
+        return Behaviour("status", wire=head(200, [("content-length", str(len(body)))]) + body)
+
+    cut_in_a_character = b"a" + "é".encode() * 600
+    receiver.behave("/text", answer(b"a\x00b\xff"), answer("é".encode() * 512), answer(cut_in_a_character))
+    bodies = [(await post(sender, receiver.url("/text"))).body for _ in range(3)]
+    assert bodies == ["a\ufffdb\ufffd", "é" * 512, "a" + "é" * 511]
+
+
+async def test_nothing_is_unpacked(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    reply = await post(sender, receiver.url("/bomb"))
+    assert reply.status == 200
+    assert "\x00" not in reply.body
+    assert len(reply.body) <= 1024
+    assert reply.body.startswith("\x1f\ufffd")  # gzip's magic number
+
+
+async def test_connections_are_reused_unless_an_answer_was_left_unread(
+    receiver: Receiver, sender: HttpWebhookSender
+) -> None:
+    for path in ("/ok", "/status/500", "/endless", "/ok"):
+        await post(sender, receiver.url(path))
+    assert [request.connection for request in receiver.requests] == [1, 1, 1, 2]
+
+
+async def test_cookies_are_not_kept(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    receiver.behave("/cookie", Behaviour("status", wire=head(204, [("set-cookie", "a=b; path=/")])))
+    for _ in range(2):
+        await post(sender, receiver.url("/cookie").replace("127.0.0.1", "hooks.test"))
+    assert "cookie" not in receiver.requests[1].headers
+
+
+async def test_at_most_so_many_connections(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    await asyncio.gather(*(post(sender, receiver.url("/delay/0.02")) for _ in range(12)))
+    assert receiver.most_open == {"/delay/0.02": 4}
+
+
+async def test_waiting_for_a_connection_counts_as_time(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    hanging = [asyncio.create_task(post(sender, receiver.url("/hang"))) for _ in range(4)]
+    await receiver.wait_for(4)
+    assert await failure(sender, receiver.url("/ok"), timeout_s=0.2) == "timeout"
+    assert receiver.total == 4
+    receiver.release()
+    assert [reply.status for reply in await asyncio.gather(*hanging)] == [200] * 4
+
+
+async def test_closing_twice_and_posting_again(receiver: Receiver, made_without_a_loop: HttpWebhookSender) -> None:
+    sender = made_without_a_loop
+    await sender.close()
+    await post(sender, receiver.url())
+    await sender.close()
+    await sender.close()
+    assert (await post(sender, receiver.url())).status == 200
+    await sender.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0.0),
+        ("120", 120.0),
+        (" 5 ", 5.0),
+        ("9" * 400, 1e9),
+        ("Mon, 23 Nov 2026 12:01:40 GMT", 100.0),
+        ("Monday, 23-Nov-26 12:01:40 GMT", 100.0),
+        ("Mon, 23 Nov 2026 11:00:00 GMT", 0.0),
+        ("Mon, 23 Nov 2026 12:01:40", None),
+        ("-1", None),
+        ("1.5", None),
+        ("٣", None),
+        ("soon", None),
+        ("", None),
+        ("Mon, 99 Nov 2026 12:00:00 GMT", None),
+        ("Mon, 23 Nov 99999999999999999999 12:00:00 GMT", None),
+    ],
+)
+def test_retry_after(value: str, seconds: float | None) -> None:
+    assert retry_after_s(value, now=NOW) == seconds
+
+
+async def test_the_system_s_resolver_knows_this_machine() -> None:
+    assert set(await SystemLookup()("localhost")) <= {"127.0.0.1", "::1"}
+
+
+async def test_look_ups_that_hang_end_in_time_and_hold_no_more_than_their_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on, asked = threading.Event(), []
+
+    def hang(host: str, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        go_on.wait(30)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    lookup = SystemLookup(limit_s=0.1, threads=1)
+    for host in ("one.test", "two.test"):
+        with pytest.raises(OSError, match="no answer from DNS within"):
+            await lookup(host)
+    assert asked == ["one.test"]
+    go_on.set()
+    while not asked[1:]:
+        try:
+            assert await lookup("three.test") == ["127.0.0.1"]
+        except OSError:
+            continue  # the first thread has not ended yet
