@@ -23,8 +23,8 @@ demo: $(STAMP) ## Start everything with two sample orgs and show it until Ctrl-C
 test: $(STAMP) ## Run the tests (under 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-test-node: $(STAMP) ## Run the official Node SDK against Nightmail (needs npm)
-	@npm install --silent --no-audit --no-fund --prefix .node resend@6.38.0
+test-node: $(STAMP) ## Run the official Node SDK and verifiers against Nightmail (needs npm)
+	@npm install --silent --no-audit --no-fund --prefix .node resend@6.38.0 svix@2.5.0 standardwebhooks@1.1.1
 	@NODE_RESEND=$(CURDIR)/.node $(BIN)/python -m pytest tests/node
 
 lint: $(STAMP) ## Formatting, lint, types, import contracts, migrations
@@ -49,10 +49,11 @@ simulate: $(STAMP) ## Run 20,000 seeded interleavings over real PostgreSQL
 
 docs: $(STAMP) ## Write the generated pages again
 	@$(BIN)/python scripts/settings_page.py > docs/settings.md
+	@$(BIN)/python scripts/webhooks_page.py > docs/webhooks.new && mv docs/webhooks.new docs/webhooks.md
 
-lock: ## Pin the dependencies again (needs uv)
-	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 pyproject.toml -o requirements.lock
-	uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 pyproject.toml --group dev -o requirements-dev.lock
+lock: $(STAMP) ## Pin the dependencies again
+	@$(BIN)/uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 pyproject.toml -o requirements.lock
+	@$(BIN)/uv pip compile -q --generate-hashes --no-emit-index-url --no-header --universal --python-version 3.11 pyproject.toml --group dev -o requirements-dev.lock
 
 clean: ## Remove what setup, demo and tests made
 	rm -rf $(VENV) .node .nightmail .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

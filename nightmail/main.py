@@ -31,6 +31,8 @@ from nightmail.providers.capture import CaptureSender
 from nightmail.providers.ses import SesSender
 from nightmail.providers.smtp import SmtpSender
 from nightmail.providers.sns import SnsSender
+from nightmail.providers.sns_http import HttpSnsHost
+from nightmail.providers.webhook_http import HttpWebhookSender
 from nightmail.schema.migrate import migrate
 from nightmail.settings import Settings
 from nightmail.store.database import Database
@@ -38,6 +40,7 @@ from nightmail.web.app import create_app
 from nightmail.web.cron import cron_routes
 from nightmail.web.dashboard import dashboard_routes
 from nightmail.web.services import Services, template_environment
+from nightmail.webhooks import deliver
 
 DEFAULT_DATA = Path(".nightmail")
 # From the signal to the last statement; with what closing takes, the whole stop stays within 10 s.
@@ -96,8 +99,18 @@ class Application:
     def start_scheduler(self) -> None:
         """Fire slots and work due messages in this process until `stopping` is set."""
         scheduler = Scheduler(self.engine, self.stopping)
-        dispatcher = Dispatcher(self.engine, "send-scheduled", work_lanes, self.stopping)
-        self.background += [asyncio.create_task(scheduler.run()), asyncio.create_task(dispatcher.run())]
+        sending = Dispatcher(self.engine, "send-scheduled", work_lanes, self.stopping)
+        # No platform limits a run here: a long one has fewer ends, at which slow posts would be broken off.
+        delivering = Dispatcher(
+            self.engine,
+            "retry-webhooks",
+            deliver.work,
+            self.stopping,
+            probe=deliver.Probe(),
+            deadline_s=self.settings.job_deadline_max_s,
+        )
+        self.engine.after_run = None  # the dispatcher is faster
+        self.background += [asyncio.create_task(one.run()) for one in (scheduler, sending, delivering)]
 
 
 @asynccontextmanager
@@ -110,10 +123,13 @@ async def open_application(settings: Settings, servers: Servers) -> AsyncIterato
         email=build_email_sender(settings),
         sms=build_sms_sender(settings),
         send_rate=build_send_rate(settings, database, valkey),
+        webhooks=HttpWebhookSender(settings.webhook_allow_cidrs, concurrency=settings.webhook_concurrency),
+        sns=HttpSnsHost(),
     )
     alerts = Alerts(JOBS, database, ports, settings)
     crash = CrashPoints.parse(settings.nightmail_crash)
     engine = Engine(JOBS, database, ports, settings, socket.gethostname(), stopping, crash, alerts)
+    engine.after_run = deliver.deliver_after
     await database.open()
     application = Application(settings, database, valkey, ports, engine, Ticker(engine), alerts, stopping)
     try:
@@ -126,6 +142,8 @@ async def open_application(settings: Settings, servers: Servers) -> AsyncIterato
         await alerts.close(min(application.stop_left_s, 1.0))
         await ports.email.close()
         await ports.sms.close()
+        await ports.webhooks.close()
+        await ports.sns.close()
         if valkey is not None:
             await valkey.aclose()
         await database.close()

@@ -66,6 +66,13 @@ class Settings(BaseSettings):
     sms_configuration_set: str | None = None
     sns_topic_arns: Annotated[tuple[str, ...], NoDecode] = ()
 
+    webhook_allow_cidrs: Annotated[tuple[Network, ...], NoDecode] = ()
+    webhook_timeout_s: float = Field(15, gt=0, le=60)
+    webhook_lease_s: float = Field(60, ge=1, le=3600)
+    webhook_concurrency: int = Field(100, ge=1, le=1000)
+    webhook_endpoint_concurrency: int = Field(25, ge=1, le=1000)
+    sms_keyword_replies: bool = True
+
     alert_webhook_url: SecretStr | None = None
     alert_email: str | None = None
     alert_email_from: str | None = None
@@ -90,7 +97,7 @@ class Settings(BaseSettings):
                 raise ValueError("a secret may hold visible ASCII only: no space, line end, control or accented letter")
         return value
 
-    @field_validator("cron_allowed_ips", "trusted_proxies", mode="before")
+    @field_validator("cron_allowed_ips", "trusted_proxies", "webhook_allow_cidrs", mode="before")
     @classmethod
     def _split_networks(cls, value: Any) -> Any:
         return _networks(value) if isinstance(value, str) else value

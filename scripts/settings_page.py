@@ -65,6 +65,17 @@ GROUPS: dict[str, dict[str, str]] = {
         "sms_configuration_set": "End User Messaging configuration set whose events come back to us.",
         "sns_topic_arns": "Topics whose events are believed, separated by commas.",
     },
+    "Webhooks": {
+        "webhook_allow_cidrs": "Networks that endpoints may be in although they are private: `10.1.0.0/16`, "
+        "`127.0.0.0/8` for development.",
+        "webhook_timeout_s": "Seconds of one POST, from the look-up of the name to the end of what is read; never more "
+        "than half the lease.",
+        "webhook_lease_s": "Seconds after which deliveries of a dead runner are due again.",
+        "webhook_concurrency": "POSTs at once, per process.",
+        "webhook_endpoint_concurrency": "POSTs at once to one endpoint, per process.",
+        "sms_keyword_replies": "Answer STOP, START and HELP with an SMS. AWS answers STOP and HELP itself unless the "
+        "number has self-managed opt-outs: then turn it off.",
+    },
     "Alerts": {
         "alert_webhook_url": "Gets a JSON POST (Slack understands it) when an alert opens or closes.",
         "alert_email": "Gets a mail when an alert opens or closes, sent directly.",
@@ -121,12 +132,13 @@ def kind_of(annotation: Any) -> str:
         return "list"
     if origin is typing.Annotated:
         return kind_of(get_args(annotation)[0])
-    return {int: "whole number", float: "number", SecretStr: "secret", str: "text"}[annotation]
+    words = {bool: "`true` or `false`", int: "whole number", float: "number", SecretStr: "secret", str: "text"}
+    return words[annotation]
 
 
 def default(field: FieldInfo) -> str:
     """Return the default, `–` for unset."""
-    value = field.default
+    value = str(field.default).lower() if isinstance(field.default, bool) else field.default
     return "–" if value in (None, (), PydanticUndefined) else f"`{value}`"
 
 

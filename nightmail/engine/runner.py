@@ -8,11 +8,11 @@ answer must still leave half a second before the caller's time is up. A run goes
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 from uuid import UUID
 
 import structlog
@@ -23,7 +23,7 @@ from nightmail.engine.alerts import Alerts
 from nightmail.engine.background import Background
 from nightmail.engine.crash import CrashPoints
 from nightmail.engine.deadline import Deadline
-from nightmail.engine.job import JobContext, JobResult, JobSpec, Run
+from nightmail.engine.job import JobContext, JobSpec, Run
 from nightmail.engine.schedule import slot_of_call
 from nightmail.errors import DatabaseAway, NotConfigured
 from nightmail.ids import new_claim_id, new_id
@@ -33,6 +33,7 @@ from nightmail.settings import Settings
 from nightmail.store import job_locks, job_runs, job_slots, queue
 from nightmail.store.database import Connection, Database
 
+T = TypeVar("T")
 State = Literal["succeeded", "failed", "deduplicated", "not_configured", "away"]
 
 # The contract: the answer leaves this long before the deadline.
@@ -129,6 +130,8 @@ class Engine:
         self.background = Background()
         self.redact = Redactor(secret_values(settings))
         self.alerts = alerts
+        # What follows a run within its deadline, before it is recorded: what the run has told is delivered.
+        self.after_run: Callable[[JobContext], Awaitable[None]] | None = None
         self.log: FilteringBoundLogger = structlog.get_logger()
 
     async def read_clock(self, limit_s: float = BEGIN_LIMIT_S) -> datetime:
@@ -231,7 +234,20 @@ class Engine:
         self.crash.reach(f"{call.spec.name}:begun")
         outcome = await self._work(call, call.spec.run, dry=False)
         self.crash.reach(f"{call.spec.name}:ended")
+        if outcome.state == "succeeded" and self.after_run is not None:
+            await self._follow(call, self.after_run)
         return await self._record(call, outcome)
+
+    async def _follow(self, call: Call, follow: Callable[[JobContext], Awaitable[None]]) -> None:
+        """Do what follows the run, in what its deadline leaves; the run itself has succeeded whatever becomes of it."""
+        task = self.background.start(_as_coroutine(follow, self.context(call)))
+        done, _ = await asyncio.wait({task}, timeout=call.cut_s)
+        if not done:
+            task.cancel()
+            await asyncio.wait({task}, timeout=CLEAN_UP_S)
+            call.log.warning("run.follow_up_overran")
+        elif not task.cancelled() and (error := task.exception()) is not None:
+            call.log.error("run.follow_up_broke", error=short_error(error, self.redact))
 
     async def _begin(self, conn: Connection, call: Call) -> UUID | None:
         """Write the run's row and take the lease; return the job_id of who holds it, None when the way is free."""
@@ -382,5 +398,5 @@ def job_deadline(total_s: float) -> Deadline:
     return Deadline(monotonic() + total_s, max(total_s, 1.5))
 
 
-async def _as_coroutine(run: Run, ctx: JobContext) -> JobResult:
+async def _as_coroutine(run: Callable[[JobContext], Awaitable[T]], ctx: JobContext) -> T:
     return await run(ctx)

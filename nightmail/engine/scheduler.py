@@ -155,7 +155,7 @@ class Dispatcher:
     """Watches for due rows and works their lanes at once, each lane by one work at a time in this process.
 
     `job` is the one whose work it does ahead of the slot; `work` does it for some lanes; `probe` says which lanes have
-    something due.
+    something due. `deadline_s` bounds one work (None: as a run of the job).
     """
 
     def __init__(
@@ -166,8 +166,10 @@ class Dispatcher:
         stopping: asyncio.Event,
         *,
         probe: Probe = queue.list_due_lanes,
+        deadline_s: float | None = None,
     ) -> None:
         self._engine = engine
+        self._deadline_s = deadline_s if deadline_s is not None else engine.settings.job_deadline_s
         self._spec = engine.jobs[job]
         self._stopping = stopping
         self._work = work
@@ -237,7 +239,7 @@ class Dispatcher:
             database=engine.database,
             ports=engine.ports,
             settings=engine.settings,
-            deadline=Deadline.after(engine.settings.job_deadline_s),
+            deadline=Deadline.after(self._deadline_s),
             runner=engine.host,
             log=self._log.bind(job_id=str(window.job_id)),
             stopping=self._stopping,

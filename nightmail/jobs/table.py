@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nightmail.engine.job import JobSpec
-from nightmail.jobs import cleanup_idempotency, send_scheduled
+from nightmail.jobs import cleanup_idempotency, retry_webhooks, send_scheduled
 
 JOBS: tuple[JobSpec, ...] = (
     JobSpec(
@@ -23,8 +23,10 @@ JOBS: tuple[JobSpec, ...] = (
         schedule="*/5 * * * *",
         title="Retry Webhooks Job",
         starting="webhook retries",
-        keys=("claimed", "delivered", "retried", "failed", "disabled"),
+        keys=retry_webhooks.KEYS,
         holds="rows",
+        least_s=retry_webhooks.LEAST_RUN_S,
+        run=retry_webhooks.run,
     ),
     JobSpec(
         name="probe-health",

@@ -1,7 +1,7 @@
 """Accept: messages, queue rows, usage reservation and the idempotency record, in one transaction.
 
-Without attachments that is one statement and one round trip. The idempotency key is taken with a try-lock, so a
-request that still runs is seen at once; the lock ends with the transaction.
+Without attachments and schedule that is one statement and one round trip. The idempotency key is taken with a try-lock,
+so a request that still runs is seen at once; the lock ends with the transaction.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from psycopg.errors import UniqueViolation
 from nightmail.ids import sha256
 from nightmail.ports import Attachment
 from nightmail.store.database import Connection, Database
+from nightmail.store.fan_out import Fact, fan_out
 from nightmail.store.usage_records import SHARDS
 
 KEY_LIFE_HOURS = 24
@@ -185,8 +186,14 @@ async def accept_messages(
         "messages": msgspec.json.encode([_row(message) for message in messages]).decode(),
     }
 
+    facts = [
+        Fact(org_id, env, f"{message.channel}.scheduled", message_id=message.id)
+        for message in messages
+        if message.scheduled_at is not None
+    ]
+
     async def step(conn: Connection) -> tuple[Any, ...]:
-        if not any(message.attachments for message in messages):
+        if not facts and not any(message.attachments for message in messages):
             return await _accept(conn, arguments)
         async with conn.transaction():
             # First what is large and ours alone, last what others wait for.
@@ -194,6 +201,7 @@ async def accept_messages(
             row = await _accept(conn, arguments)
             if not row[0] or row[1] is not None:
                 raise psycopg.Rollback
+            await fan_out(conn, facts)
         return row
 
     try:
@@ -230,6 +238,8 @@ async def _add_attachments(conn: Connection, messages: Sequence[NewMessage]) -> 
         for message in messages
         for position, file in enumerate(message.attachments)
     ]
+    if not rows:
+        return
     async with conn.cursor() as cursor:
         await cursor.executemany(ADD_ATTACHMENTS, rows)
 

@@ -38,7 +38,11 @@ INVARIANTS: tuple[Invariant, ...] = (
         FROM message_queue AS q
         LEFT JOIN messages AS m ON m.id = q.message_id
         WHERE m.id IS NULL
-           OR m.state IN ('sent', 'canceled', 'failed', 'ambiguous')
+           OR m.state IN ('sent', 'canceled', 'ambiguous')
+           OR (m.state = 'failed' AND NOT EXISTS (  -- a provider's refusal may come before our own `sent`
+               SELECT FROM message_events AS e
+               WHERE e.message_id = m.id AND e.kind = 'failed' AND e.provider_ref <> ''
+           ))
         """,
     ),
     Invariant(
@@ -77,7 +81,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     ),
     Invariant(
         "reserved",
-        "reserved units are those of messages that are scheduled or ambiguous",
+        "reserved units are those of messages that wait in the queue or are ambiguous",
         """
         SELECT org_id
         FROM (
@@ -86,8 +90,9 @@ INVARIANTS: tuple[Invariant, ...] = (
             GROUP BY org_id, channel, env, period, rating
             UNION ALL
             SELECT org_id, channel, env, period, rating, 0, sum(units)
-            FROM messages
-            WHERE state IN ('scheduled', 'ambiguous')
+            FROM messages AS m
+            WHERE state = 'ambiguous'
+               OR EXISTS (SELECT FROM message_queue AS q WHERE q.message_id = m.id)
             GROUP BY org_id, channel, env, period, rating
         ) AS both_sides
         GROUP BY org_id, channel, env, period, rating
@@ -136,6 +141,40 @@ INVARIANTS: tuple[Invariant, ...] = (
         SELECT claim_id
         FROM claims
         WHERE lease_until < nm_now() - interval '10 minutes'
+        """,
+    ),
+    Invariant(
+        "told",
+        "a delivery about a message tells of an event that the message has, and belongs to the message's org",
+        """
+        SELECT d.event_id
+        FROM webhook_deliveries AS d
+        LEFT JOIN messages AS m ON m.id = d.message_id
+        WHERE d.message_id IS NOT NULL
+          AND (
+              m.id IS NULL
+              OR m.org_id <> d.org_id
+              OR NOT EXISTS (
+                  SELECT FROM message_events AS e
+                  WHERE e.message_id = d.message_id
+                    AND e.recipient = d.recipient
+                    AND m.channel || '.' || e.kind = d.topic
+              )
+          )
+        """,
+    ),
+    Invariant(
+        "numbered",
+        "an endpoint's next number follows its highest, and what has a number has a body",
+        """
+        SELECT e.id
+        FROM webhook_endpoints AS e
+        WHERE e.next_seq <= (SELECT max(d.seq) FROM webhook_deliveries AS d WHERE d.endpoint_id = e.id)
+        UNION ALL
+        SELECT d.event_id
+        FROM webhook_deliveries AS d
+        WHERE d.seq IS NOT NULL
+          AND d.body IS NULL
         """,
     ),
 )

@@ -15,6 +15,7 @@ from nightmail.ports import Attachment, OutgoingEmail, OutgoingSms
 from nightmail.rules.addresses import bare_address
 from nightmail.rules.messages import MAX_ATTEMPTS
 from nightmail.store.database import Connection
+from nightmail.store.fan_out import Fact, fan_out
 from nightmail.store.usage_records import Settlement, settle
 
 # Ends of a message that the gate itself decides: `state`, `reason` and event kind of each decision.
@@ -23,6 +24,8 @@ from nightmail.store.usage_records import Settlement, settle
 #                runner that lost the row came back with its result (also when a later call was refused meanwhile)
 #   ambiguous    such a call, no evidence, and the policy forbids a second one
 #   exhausted    out of attempts
+# A recipient dropped at an earlier attempt stays dropped: it was told as suppressed. The answer to STOP goes to a
+# number that this very STOP suppresses.
 # Locks: queue rows in id order, then their messages. `(… = claim_id) IS TRUE` instead of `=`: the planner would reach
 # the rows through the claim's index and look at all that the claim holds for each (20 ms a gate, now 1.2 ms).
 GATE = """
@@ -58,6 +61,12 @@ WITH mine AS MATERIALIZED (
               AND s.env = m.env
               AND s.channel = m.channel
               AND s.address = ANY (m.addresses)
+              AND NOT (m.purpose = 'keyword_reply' AND s.origin = 'stop')
+            UNION
+            SELECT r.address
+            FROM recipient_outcomes AS r
+            WHERE r.message_id = m.id
+              AND r.state = 'suppressed'
             LIMIT 50
         ) AS s
     ) AS hit
@@ -73,7 +82,7 @@ WITH mine AS MATERIALIZED (
         WHERE e.message_id = m.id
           AND e.provider_ref <> ''
           AND e.kind IN (
-              'accepted', 'delivered', 'delayed', 'bounced', 'complained', 'opened', 'clicked', 'late_result'
+              'accepted', 'delivered', 'delayed', 'bounced', 'complained', 'failed', 'opened', 'clicked', 'late_result'
           )
           AND (mine.intent_at IS NOT NULL OR mine.takeovers > 0)
         LIMIT 1
@@ -105,6 +114,7 @@ WITH mine AS MATERIALIZED (
             WHEN 'suppressed' THEN 'suppressed'
             WHEN 'ambiguous' THEN 'call interrupted'
             WHEN 'exhausted' THEN 'attempts exhausted'
+            ELSE m.reason
         END,
         sent_at = CASE c.decision WHEN 'evidenced' THEN nm_now() END,
         provider_message_id = coalesce(c.evidence, m.provider_message_id)
@@ -137,11 +147,12 @@ WITH mine AS MATERIALIZED (
     FROM checked AS c
     WHERE c.decision <> 'go'
     ON CONFLICT DO NOTHING
+    RETURNING message_id
 )
 SELECT c.id, c.decision, c.org_id, c.env, c.channel, c.period, c.rating, c.units, c.attempts + 1,
        c.sender, coalesce(c.subject, ''), c.suppressed,
        b.to_addresses, b.cc_addresses, b.bcc_addresses, b.reply_to, b.html, b.text, b.headers, b.tags,
-       b.attachment_count, c.used
+       b.attachment_count, c.used, c.evidence, EXISTS (SELECT FROM events AS e WHERE e.message_id = c.id)
 FROM checked AS c
 LEFT JOIN message_bodies AS b ON b.message_id = c.id AND c.decision = 'go'
 ORDER BY c.id
@@ -200,6 +211,7 @@ async def pass_gate(
         with_files = [row[0] for row in rows if row[20]]
         files = await _load_attachments(conn, with_files) if with_files else {}
         await settle(conn, _settlements(rows), shard=shard)
+        await fan_out(conn, [_fact(row) for row in rows if row[23]])
     result = GateResult(lost=len(message_ids) - len(rows))
     for row in rows:
         if row[1] == "go":
@@ -230,6 +242,19 @@ def _settlements(rows: Sequence[tuple[Any, ...]]) -> list[Settlement]:
             total[0] += row[7]
             total[1] += row[21] if row[1] == "evidenced" else 0
     return [Settlement(*key, reserved=r, used=u) for key, (r, u) in sorted(sums.items())]
+
+
+def _fact(row: tuple[Any, ...]) -> Fact:
+    """Return the event of a message that ended here."""
+    message_id, decision, org_id, env, channel = row[:5]
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "suppressed": ("suppressed", {"suppressed": row[11]}),
+        "evidenced": ("sent", {"provider_message_id": row[22]}),
+        "ambiguous": ("ambiguous", {"reason": "call interrupted"}),
+        "exhausted": ("failed", {"reason": "attempts exhausted"}),
+    }
+    kind, data = kinds[decision]
+    return Fact(org_id, env, f"{channel}.{kind}", message_id=message_id, data=data)
 
 
 def _passed(row: tuple[Any, ...], claim_id: UUID, files: Sequence[Attachment]) -> Passed:

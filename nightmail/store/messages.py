@@ -12,6 +12,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 from nightmail.store.database import Connection
+from nightmail.store.fan_out import Fact, fan_out
 from nightmail.store.usage_records import Settlement, settle
 
 TakeBack = Literal["done", "not_found", "already_sending", "finished"]
@@ -245,9 +246,12 @@ async def cancel_message(conn: Connection, *, org_id: UUID, env: str, channel: s
             return _why_not(found)
         if (await conn.execute(TAKE, arguments)).rowcount == 0:
             return "already_sending"
-        await conn.execute(CANCEL, arguments)
+        is_fact = (await conn.execute(CANCEL, arguments)).rowcount == 1
         settlement = Settlement(org_id, channel, env, found.period, found.rating, reserved=found.units, used=0)
         await settle(conn, [settlement], shard=message_id.int)
+        if is_fact:
+            data = {"reason": "requested"}
+            await fan_out(conn, [Fact(org_id, env, f"{channel}.canceled", message_id=message_id, data=data)])
         return "done"
 
 
@@ -350,8 +354,9 @@ WITH released AS (
     FROM released AS r
     WHERE %(action)s <> 'resend'
     ON CONFLICT DO NOTHING
+    RETURNING kind
 )
-SELECT period, rating, units, units - dropped
+SELECT period, rating, units, units - dropped, (SELECT kind FROM event)
 FROM released
 """
 
@@ -374,8 +379,13 @@ async def release_message(
             found = await get_message(conn, org_id=org_id, env=env, channel=channel, message_id=message_id)
             return "not_ambiguous" if found else "not_found"
         if action != "resend":
-            period, rating, units, left = row
+            period, rating, units, left, kind = row
             used = left if action == "mark_sent" else 0
             settlement = Settlement(org_id, channel, env, period, rating, reserved=units, used=used)
             await settle(conn, [settlement], shard=message_id.int)
+            if kind is not None:
+                fact = Fact(
+                    org_id, env, f"{channel}.{kind}", message_id=message_id, data={"reason": "released by hand"}
+                )
+                await fan_out(conn, [fact])
         return "released"

@@ -1,19 +1,20 @@
 """The record step: what became of calls, written with everything that follows from it in one transaction.
 
-Order within the transaction, always: queue rows (by id) → messages and their events → usage shards. Credit capture
-belongs between messages and usage; webhook deliveries come last. Each takes the `facts` this step returns.
+Order within the transaction, always: queue rows (by id) → messages and their events → usage shards → webhook
+deliveries. Credit capture belongs between messages and usage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
 
 from nightmail.store.database import Connection
+from nightmail.store.fan_out import Fact, fan_out
 from nightmail.store.usage_records import Settlement, settle
 
 Kind = Literal["sent", "failed", "retry", "throttled", "in_doubt"]
@@ -88,7 +89,7 @@ WITH result AS MATERIALIZED (
 ), recorded AS (
     UPDATE messages AS m
     SET state = CASE WHEN m.state = 'scheduled' AND h.kind IN ('sent', 'failed') THEN h.kind ELSE m.state END,
-        reason = CASE h.kind WHEN 'failed' THEN h.code END,
+        reason = CASE h.kind WHEN 'failed' THEN h.code ELSE m.reason END,
         sent_at = CASE h.kind WHEN 'sent' THEN nm_now() END,
         provider_message_id = coalesce(h.provider_message_id, m.provider_message_id),
         last_error = CASE WHEN h.kind = 'sent' THEN m.last_error ELSE concat_ws(': ', h.code, h.detail) END
@@ -115,6 +116,7 @@ WITH result AS MATERIALIZED (
     FROM recorded AS h
     WHERE h.kind IN ('sent', 'failed')
     ON CONFLICT DO NOTHING
+    RETURNING message_id
 ), late AS (
     INSERT INTO message_events (message_id, org_id, kind, provider_ref, occurred_at, data)
     SELECT r.message_id, m.org_id, 'late_result', r.provider_message_id, nm_now(),
@@ -125,7 +127,8 @@ WITH result AS MATERIALIZED (
       AND NOT EXISTS (SELECT FROM mine WHERE mine.message_id = r.message_id)
     ON CONFLICT DO NOTHING
 )
-SELECT id, kind, org_id, env, channel, period, rating, reserved, units
+SELECT id, kind, org_id, env, channel, period, rating, reserved, units,
+       EXISTS (SELECT FROM facts WHERE facts.message_id = recorded.id)
 FROM recorded
 ORDER BY id
 """
@@ -174,11 +177,23 @@ async def record_outcomes(conn: Connection, outcomes: Sequence[Outcome], *, shar
         )
         rows = await cursor.fetchall()
         sums: dict[tuple[UUID, str, str, str, str], list[int]] = {}
-        for _, kind, org_id, env, channel, period, rating, reserved, units in rows:
+        for _, kind, org_id, env, channel, period, rating, reserved, units, _ in rows:
             if kind in ("sent", "failed"):
                 total = sums.setdefault((org_id, channel, env, period, rating), [0, 0])
                 total[0] += reserved
                 total[1] += units if kind == "sent" else 0
         await settle(conn, [Settlement(*key, reserved=r, used=u) for key, (r, u) in sorted(sums.items())], shard=shard)
+        by_id = {o.message_id: o for o in outcomes}
+        await fan_out(conn, [_fact(row, by_id[row[0]]) for row in rows if row[9]])
     written: dict[UUID, Kind] = {row[0]: row[1] for row in rows}
     return Recorded(written, [o.message_id for o in outcomes if o.message_id not in written])
+
+
+def _fact(row: tuple[Any, ...], outcome: Outcome) -> Fact:
+    message_id, kind, org_id, env, channel = row[:5]
+    data: dict[str, Any] = {"provider": outcome.provider} if outcome.provider else {}
+    if kind == "failed":
+        data |= {"reason": storable(outcome.code), "detail": storable(outcome.detail)}
+    if outcome.refused:
+        data["refused"] = {storable(address): storable(code) for address, code in outcome.refused.items()}
+    return Fact(org_id, env, f"{channel}.{kind}", message_id=message_id, data=data)

@@ -14,6 +14,7 @@ from nightmail.store.usage_records import SHARDS
 
 # The claim is the one of store.queue (same order, same fairness) with a DELETE where that has an UPDATE: the row is
 # finished in this very transaction. LATERAL with a LIMIT keeps the suppression look-up an index probe per address.
+# Deliveries are those of store.fan_out, without leaving the server.
 # Usage is settled here too, in key order: one round trip instead of four is an eighth more a second, and whoever holds
 # a usage row waits for none of these messages, whose queue rows are ours.
 FINISH_TEST = """
@@ -106,6 +107,27 @@ WITH turn AS MATERIALIZED (
                ELSE jsonb_build_object('suppressed', d.suppressed, 'units', d.used)
            END
     FROM decided AS d
+), listener AS MATERIALIZED (
+    SELECT e.id, e.org_id, e.topics
+    FROM webhook_endpoints AS e
+    WHERE e.org_id = ANY (ARRAY(SELECT DISTINCT org_id FROM decided))
+      AND e.env = 'test'
+      AND e.status IN ('enabled', 'paused')
+), fact AS MATERIALIZED (
+    SELECT d.id, d.org_id, d.channel || CASE WHEN d.is_sent THEN '.sent' ELSE '.suppressed' END AS topic, d.suppressed,
+           nm_nth_id((SELECT nm_uuid7()::text), row_number() OVER ()) AS event_id
+    FROM decided AS d
+    WHERE EXISTS (SELECT FROM listener)
+), deliveries AS (
+    INSERT INTO webhook_deliveries (
+        endpoint_id, event_id, org_id, topic, message_id, data, occurred_at, due_at
+    )
+    SELECT l.id, f.event_id, f.org_id, f.topic, f.id,
+           CASE WHEN f.suppressed = '{}' THEN '{}'::jsonb ELSE jsonb_build_object('suppressed', f.suppressed) END,
+           nm_now(), nm_now()
+    FROM fact AS f
+    JOIN listener AS l ON l.org_id = f.org_id
+    WHERE f.topic = ANY (l.topics)
 ), usage AS (
     INSERT INTO usage_records AS u (org_id, channel, env, period, rating, shard, reserved, used)
     SELECT org_id, channel, 'test', period, rating, %(shard)s, -sum(units), sum(used)
@@ -132,7 +154,7 @@ class TestCounts:
 
 
 async def finish_due_test_messages(conn: Connection, *, limit: int, shard: int) -> TestCounts:
-    """Finish up to `limit` due test messages: state, event, outcomes and usage in one statement."""
+    """Finish up to `limit` due test messages: state, event, outcomes, deliveries and usage in one statement."""
     arguments = {"limit": limit, "turns": TURNS_READ, "shard": shard % SHARDS}
     cursor = await conn.execute(FINISH_TEST, arguments)
     claimed, sent = await cursor.fetchone() or (0, 0)

@@ -22,7 +22,7 @@ import socket
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ from nightmail.engine.job import JobContext
 from nightmail.errors import DatabaseAway
 from nightmail.ids import new_id
 from nightmail.jobs.send_scheduled import work_lanes
-from nightmail.ports import Accepted, OutgoingEmail, Ports
-from nightmail.providers.capture import CaptureSender
+from nightmail.ports import Accepted, OutgoingEmail
 from nightmail.settings import load
 from nightmail.store import gate, record
 from nightmail.store.database import Connection, Database
 from nightmail.store.usage_records import Settlement, settle
-from tests.crash.world import QUIET, Unlimited
+from tests.crash.world import QUIET
+from tests.ports import make_ports
 from tests.providers.conftest import make_sender
 
 __all__ = ["INSIDE", "Order", "Report"]
@@ -132,7 +132,7 @@ async def work(order: Order) -> Report:
     urls = {"http_url": order.http_url, "smtp_url": order.smtp_url}
     email = make_sender(order.sender, **urls, concurrency=settings.send_concurrency)
     # SMS has the same code path; its client would cost every runner 0.2 s.
-    ports = Ports(email=Deadly(email, order.deadly), sms=CaptureSender(), send_rate=Unlimited())
+    ports = make_ports(email=Deadly(email, order.deadly))
     crash = CrashPoints.parse(order.crash)
     crash_inside(crash)
     counts: Counter[str] = Counter()
@@ -178,7 +178,7 @@ def run_order(order: Order) -> int:
     return 1 if report.error else 0
 
 
-def fork_runner(order: Order) -> int:
+def fork_runner(order: Any, run: Callable[[Any], int]) -> int:
     """Return the pid of a new runner; its log goes beside its report."""
     pid = os.fork()
     if pid:
@@ -191,7 +191,7 @@ def fork_runner(order: Order) -> int:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for number, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(number, target)
-        code = run_order(order)
+        code = run(order)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -200,7 +200,7 @@ def fork_runner(order: Order) -> int:
         os._exit(code)
 
 
-def main() -> None:
+def main(order_type: type = Order, run: Callable[[Any], int] = run_order) -> None:
     """Fork runners and tell what becomes of them until standard input ends."""
     woken, wakes = socket.socketpair()
     for end in (woken, wakes):
@@ -225,7 +225,7 @@ def main() -> None:
                 break
             *lines, unread = (unread + data).split(b"\n")
             for line in lines:
-                pid = fork_runner(msgspec.json.decode(line, type=Order))
+                pid = fork_runner(msgspec.json.decode(line, type=order_type), run)
                 children.add(pid)
                 tell(pid, "started")
     for pid in children:

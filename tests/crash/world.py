@@ -32,6 +32,7 @@ from nightmail.settings import Settings, load
 from nightmail.store.accept import NewMessage, accept_messages
 from nightmail.store.database import Database
 from nightmail.store.orgs import NewOrg, create_org
+from tests.ports import make_ports
 from tests.providers.conftest import AWS_VARIABLES, FakeProviderProcess, make_sender, start_fake_provider
 
 __all__ = ["Account", "FakeProviderProcess", "World", "start_provider"]
@@ -95,14 +96,6 @@ def aws_credentials() -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-class Unlimited:
-    """A send rate without a limit."""
-
-    async def take(self, account: str, wanted: int) -> int:
-        """Grant everything."""
-        return wanted
 
 
 @dataclass(slots=True)
@@ -242,7 +235,7 @@ class World:
                 self.senders = [make_sender(self.sender, **urls, concurrency=16)]
                 self.senders.append(make_sender("aws_sms", **urls) if self.has_sms else CaptureSender())
         email, sms = self.senders
-        return Ports(email=email, sms=sms, send_rate=Unlimited())
+        return make_ports(email=email, sms=sms)
 
     async def close(self) -> None:
         """Close the adapters."""

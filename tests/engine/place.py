@@ -15,10 +15,10 @@ from nightmail.engine.alerts import Alerts
 from nightmail.engine.crash import CrashPoints
 from nightmail.engine.job import JobContext, JobResult, JobSpec, Run
 from nightmail.engine.runner import Engine
-from nightmail.engine.send_rate import Unlimited
-from nightmail.ports import Accepted, OutgoingEmail, OutgoingSms, Ports
+from nightmail.ports import Accepted, OutgoingEmail, OutgoingSms
 from nightmail.settings import Settings
 from nightmail.store.database import Database
+from tests.ports import make_ports
 
 SECRET = "correct-horse-battery-staple"
 # A cluster of fields that the environment of the test run must not decide.
@@ -120,7 +120,7 @@ async def place(
     database = Database(url, pool_max=10, clock_offset=clock_offset)
     await database.open()
     outbox, stopping = Outbox(), asyncio.Event()
-    ports = Ports(outbox, outbox, Unlimited())
+    ports = make_ports(email=outbox, sms=outbox)
     alerts = Alerts(jobs, database, ports, settings)
     engine = Engine(jobs, database, ports, settings, "here", stopping, CrashPoints.parse(crash), alerts)
     try:

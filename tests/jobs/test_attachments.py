@@ -8,8 +8,9 @@ from uuid import UUID
 import pytest
 
 from nightmail.jobs.send_scheduled import MAX_FILE_BYTES
-from nightmail.ports import Accepted, Attachment, OutgoingEmail, Ports
-from tests.crash.world import Unlimited, World
+from nightmail.ports import Accepted, Attachment, OutgoingEmail
+from tests.crash.world import World
+from tests.ports import make_ports
 
 pytestmark = pytest.mark.anyio
 
@@ -49,7 +50,7 @@ async def test_few_messages_with_attachments_are_called_at_once_and_plain_ones_p
     await world.accept(6, attachments=FILES)
     await world.accept(20)
     sender = Counting(plain=20)
-    ports = Ports(email=sender, sms=world.ports().sms, send_rate=Unlimited())
+    ports = make_ports(email=sender)
 
     counts = await world.run(ports=ports, send_concurrency=32)
 

@@ -14,11 +14,12 @@ from psycopg import AsyncConnection
 from nightmail.clock import monotonic
 from nightmail.ids import new_claim_id
 from nightmail.jobs.send_scheduled import KEYS, cancel_until_over, run, work_lanes
-from nightmail.ports import Accepted, OutgoingEmail, Ports
+from nightmail.ports import Accepted, OutgoingEmail
 from nightmail.store import queue
 from nightmail.store.messages import cancel_message, reschedule_message
 from nightmail.store.suppressions import add_suppressions
-from tests.crash.world import FakeProviderProcess, Unlimited, World
+from tests.crash.world import FakeProviderProcess, World
+from tests.ports import make_ports
 
 pytestmark = pytest.mark.anyio
 
@@ -284,7 +285,7 @@ async def test_an_unknown_error_of_an_adapter_is_treated_as_doubt(world: World) 
         async def close(self) -> None: ...
 
     (message,) = await world.accept()
-    ports = Ports(email=Broken(), sms=world.ports().sms, send_rate=Unlimited())
+    ports = make_ports(email=Broken())
     assert (await world.run(ports=ports))["retried"] == 1
     assert world.queued(message)["takeovers"] == 1
 
@@ -356,6 +357,19 @@ async def test_only_the_recipients_that_are_left_are_called_and_charged(world: W
     account = world.account()
     assert not account.violations
     assert account.usage == (4, 4)
+
+
+async def test_a_recipient_dropped_at_the_first_attempt_stays_dropped(world: World) -> None:
+    """It was told as suppressed and is not charged: lifting the suppression before the retry changes neither."""
+    recipients = [*to("throttle-once", 1), *to("ok", 2)]
+    await world.accept(to=lambda _: recipients)
+    await suppress(world, recipients[1])
+    await world.run()
+    assert world.ask("SELECT count(*) FROM message_queue") == [1]
+    world.tell("DELETE FROM suppressions")
+    await world.run(offset=AFTER_BACKOFF)
+    assert [call["recipients"] for call in world.provider.taken(recipients[0])] == [[recipients[0]]]
+    assert world.account().usage == (1, 1)
 
 
 async def test_evidence_charges_only_the_recipients_that_were_called(world: World) -> None:
@@ -453,7 +467,7 @@ async def test_a_row_taken_over_twice_is_worked_alone(
     messages = await world.accept(30)
     suspicious = messages[7:9]
     world.tell("UPDATE message_queue SET takeovers = 2, attempts = 2 WHERE message_id = ANY (%s)", suspicious)
-    ports = Ports(email=watching, sms=world.ports().sms, send_rate=Unlimited())
+    ports = make_ports(email=watching)
     assert (await world.run(ports=ports))["sent"] == 30
     for message in suspicious:
         assert watching.company[message] == {message}
@@ -501,7 +515,7 @@ class Slowly:
 
 async def test_leases_are_renewed_while_rows_are_held(world: World) -> None:
     await world.accept(14)
-    ports = Ports(email=world.ports().email, sms=world.ports().sms, send_rate=Slowly())
+    ports = make_ports(email=world.ports().email, send_rate=Slowly())
     async with world.database() as database:
         # One claim holds all of them for nearly three leases.
         ctx = world.context(database, send_lease_s=1, send_concurrency=8, ports=ports)

@@ -1,0 +1,1 @@
+"""Webhooks: bodies, signatures, and the run that delivers what is due."""
