@@ -27,7 +27,7 @@ REASONS: Mapping[int, str] = {
     404: "Not found, or not visible to this key.",
     405: "The path does not have this method.",
     408: "The body did not arrive in time.",
-    409: "The request conflicts with the state of the message, or with another one of the same Idempotency-Key.",
+    409: "The request conflicts with the state of what it names, or with another one of the same Idempotency-Key.",
     413: "The body is too large.",
     422: "A value is refused; the message names the field.",
     429: "Too many requests; `retry-after` says when to come back.",

@@ -68,5 +68,30 @@ def test_the_node_sdk(server: Server, org: Org) -> None:
     assert data("key")["token"].startswith("nm_live_")
     assert [key["name"] for key in data("keys")["data"]] == ["ci", "first live key"]
     assert data("key gone")["deleted"] is True
+    webhook = data("webhook")["id"]
+    assert (data("webhook")["object"], data("webhook")["signing_secret"][:6]) == ("webhook", "whsec_")
+    found = data("webhook got")
+    assert (found["endpoint"], found["events"]) == ("https://hooks.example.com/", ["email.bounced"])
+    assert (found["status"], found["signing_secret"]) == ("enabled", data("webhook")["signing_secret"])
+    assert data("webhook changed") == {"object": "webhook", "id": webhook}
+    assert error("webhook replay refused") == (409, "webhook_disabled")
+    assert data("webhook enabled")["id"] == webhook
+    listed = data("webhooks")
+    assert [(item["id"], item["status"], item["events"]) for item in listed["data"]] == [
+        (webhook, "enabled", ["email.sent"])
+    ]
+    event = data("webhook test")["id"]
+    assert [(item["id"], item["type"], item["status"]) for item in data("webhook events")["data"]] == [
+        (event, "webhook.test", "pending")
+    ]
+    found = data("webhook event")
+    assert (found["object"], found["id"], found["payload"]["type"]) == ("webhook_event", event, "webhook.test")
+    assert (data("webhook attempts")["data"], data("webhook attempts")["has_more"]) == ([], False)
+    assert data("webhook replay") == {"object": "webhook_event", "id": event}
+    rotated = data("webhook rotated")
+    assert (rotated["object"], rotated["id"]) == ("webhook", webhook)
+    assert rotated["signing_secret"] not in ("", data("webhook")["signing_secret"])
+    assert data("webhook gone") == {"object": "webhook", "id": webhook, "deleted": True}
+    assert error("webhook missing") == (404, "not_found")
     assert error("not built") == (501, "not_implemented")
     assert server.rows("SELECT count(*) FROM messages") == [(6,)]

@@ -29,12 +29,21 @@ class Belongings:
     suppression: str
     api_key: str
     org: str
+    webhook: str
+    event: str
 
     def path_of(self, operation: Operation) -> str:
         """Return the operation's path with these ids."""
         noun = operation.path.split("/")[1]
-        ids = {"emails": self.email, "sms": self.sms, "suppressions": self.suppression, "api-keys": self.api_key}
+        ids = {
+            "emails": self.email,
+            "sms": self.sms,
+            "suppressions": self.suppression,
+            "api-keys": self.api_key,
+            "webhooks": self.webhook,
+        }
         path = operation.path.replace("{id}", ids.get(noun, self.org)).replace("{attachment_id}", "0")
+        path = path.replace("{event_id}", self.event)
         return re.sub(r"\{rest:path\}", "x", path)
 
 
@@ -54,10 +63,13 @@ def make_belongings(server: Server, org: Org, key: str) -> Belongings:
         assert answer.ok, answer.text
         return str(answer.json()["id"])
 
+    webhook = make("/webhooks", {"endpoint": "https://hooks.example.com/", "events": ["email.bounced"]})
     return Belongings(
         email=make("/emails", mail),
         sms=make("/sms", {"to": "+15005550006", "text": "t", "scheduled_at": "in 1 day"}),
         suppression=make("/suppressions", {"email": f"x{len(key)}@example.org"}),
         api_key=make("/api-keys", {"name": "k"}),
         org=org.id,
+        webhook=webhook,
+        event=make(f"/webhooks/{webhook}/test", {}),
     )

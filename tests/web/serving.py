@@ -35,6 +35,8 @@ TABLES = (
     "idempotency_keys",
     "usage_records",
     "audit_logs",
+    "webhook_endpoints",
+    "webhook_deliveries",
 )
 
 
@@ -107,6 +109,7 @@ def serving(
     valkey_url: str | None = None,
     bound_host: str = "127.0.0.1",
     extra_routes: Sequence[BaseRoute] = (),
+    ports: Any = None,
     **settings: Any,
 ) -> Iterator[Server]:
     """Serve the app until the block ends; `settings` are fields of Settings."""
@@ -117,6 +120,7 @@ def serving(
         bound_host=bound_host,
         templates=template_environment(),
         valkey=Valkey.from_url(valkey_url) if valkey_url else None,
+        ports=ports,
     )
 
     @asynccontextmanager

@@ -124,7 +124,7 @@ def test_hostile_paths_are_refused(server: Server, org: Org, operation: Operatio
     key = ADMIN_TOKEN if operation.access == "admin" else org.live_key
     before = server.counts()
     for hostile in HOSTILE_PATHS:
-        path = operation.path.replace("{id}", hostile).replace("{attachment_id}", "0")
+        path = operation.path.replace("{id}", hostile).replace("{attachment_id}", "0").replace("{event_id}", hostile)
         answer = server.call(operation.method, path, key, operation.example)
         assert answer.status_code in (400, 404, 405, 422), (hostile, answer.status_code, answer.text)
         if answer.status_code != 400:
@@ -144,11 +144,12 @@ HOSTILE_QUERIES = [
 
 @pytest.mark.parametrize("operation", [o for o in BUILT if o.query], ids=name_of)
 def test_hostile_queries_are_refused(server: Server, org: Org, operation: Operation) -> None:
+    path = make_belongings(server, org, org.live_key).path_of(operation)
     key = ADMIN_TOKEN if operation.access == "admin" else org.live_key
     for query in HOSTILE_QUERIES:
-        answer = server.call("GET", f"{operation.path}?{query}", key)
+        answer = server.call("GET", f"{path}?{query}", key)
         assert answer.status_code == 422, (query, answer.status_code, answer.text)
-    assert server.call("GET", f"{operation.path}?limit=1", key).ok
+    assert server.call("GET", f"{path}?limit=1", key).ok
 
 
 def test_hostile_batch_modes_are_refused(server: Server, org: Org) -> None:

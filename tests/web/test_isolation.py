@@ -43,9 +43,15 @@ def test_lists_hold_only_what_the_key_may_see(server: Server, org: Org) -> None:
     other = server.make_org("Other")
     make_belongings(server, other, other.live_key)
     mine = make_belongings(server, org, org.test_key)
-    for path, id in (("/emails", mine.email), ("/sms", mine.sms), ("/suppressions", mine.suppression)):
+    for path, id in (
+        ("/emails", mine.email),
+        ("/sms", mine.sms),
+        ("/suppressions", mine.suppression),
+        ("/webhooks", mine.webhook),
+        (f"/webhooks/{mine.webhook}/events", mine.event),
+    ):
         assert [item["id"] for item in server.call("GET", path, org.test_key).json()["data"]] == [id]
-    for path in ("/emails", "/sms"):
+    for path in ("/emails", "/sms", "/webhooks"):
         assert server.call("GET", path, org.live_key).json()["data"] == []
     keys = server.call("GET", "/api-keys", org.test_key).json()["data"]
     assert {key["env"] for key in keys} == {"test"}

@@ -368,7 +368,6 @@ def test_unknown_emails_and_unusable_ids() -> None:
 def test_what_is_not_built_says_so_in_json() -> None:
     attempts: list[Callable[[], Any]] = [
         sdk.Domains.list,
-        sdk.Webhooks.list,
         sdk.Broadcasts.list,
         sdk.Templates.list,
         sdk.Topics.list,

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from nightmail.web.api import api_keys, emails, health, not_built, orgs, runs, sms, suppressions, usage
+from nightmail.web.api import (
+    api_keys,
+    emails,
+    health,
+    not_built,
+    orgs,
+    runs,
+    sms,
+    suppressions,
+    usage,
+    webhook_events,
+    webhooks,
+)
 from nightmail.web.operation import Operation
 
 OPERATIONS: tuple[Operation, ...] = (
     *emails.OPERATIONS,
     *sms.OPERATIONS,
     *suppressions.OPERATIONS,
+    *webhooks.OPERATIONS,
+    *webhook_events.OPERATIONS,
     *api_keys.OPERATIONS,
     *usage.OPERATIONS,
     *orgs.OPERATIONS,
