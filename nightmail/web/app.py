@@ -23,11 +23,13 @@ from nightmail.errors import DatabaseAway
 from nightmail.ids import new_id
 from nightmail.web.api.table import OPERATIONS
 from nightmail.web.auth import KeyCache
+from nightmail.web.inbound import inbound_routes
 from nightmail.web.openapi import documentation_routes
 from nightmail.web.operation import Operation, OperationsAt, Reply, State, reply_away, send_reply
 from nightmail.web.problems import Header, problem_body
 from nightmail.web.rate_limit import RateLimiter
 from nightmail.web.services import Services
+from nightmail.web.unsubscribe import unsubscribe_routes
 
 DEFECT = "Something went wrong on our side. If it stays so, tell us the request id."
 
@@ -51,7 +53,13 @@ def create_app(
     """Return the app. `extra_routes` (cron, dashboard, metrics) come after the API's and inside its outermost layer."""
     state = State(services, KeyCache(services.database), RateLimiter(services.valkey))
     app = Starlette(
-        routes=[*operation_routes(state, operations), *documentation_routes(services, operations), *extra_routes],
+        routes=[
+            *operation_routes(state, operations),
+            *documentation_routes(services, operations),
+            *inbound_routes(services),
+            *unsubscribe_routes(services),
+            *extra_routes,
+        ],
         middleware=[Middleware(OutermostLayer)],
         exception_handlers={HTTPException: _answer_http_exception},
         lifespan=lifespan,

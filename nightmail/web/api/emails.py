@@ -39,6 +39,7 @@ from nightmail.web.api.fields import (
     read_tags,
 )
 from nightmail.web.api.message_actions import cancel, list_events, release, reschedule
+from nightmail.web.api.unsubscribe_links import UnsubscribeLinks, load_links, one_click_headers
 from nightmail.web.bodies import ATTACHMENT_BYTES, EMAIL_BODY_BYTES, convert
 from nightmail.web.idempotency import accept_once
 from nightmail.web.operation import Call, Operation, PathKind, Reply, encode
@@ -110,6 +111,13 @@ class SendEmail(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         Literal["at_least_once", "at_most_once"] | None,
         Meta(description="What to do when it cannot be known whether the provider took it; default: the org's."),
     ] = None
+    one_click_unsubscribe: Annotated[
+        bool,
+        Meta(
+            description="Add List-Unsubscribe headers (RFC 8058), so that mail programs show a button. One recipient "
+            "in all; the click suppresses that address. Needs PUBLIC_URL."
+        ),
+    ] = False
     template: Annotated[TemplateIn | None, Meta(description="Not supported yet.")] = None
     topic_id: Annotated[str | None, Meta(description="Not supported yet.")] = None
 
@@ -178,7 +186,8 @@ class AttachmentDetail(AttachmentItem, kw_only=True):
 
 async def send_email(call: Call[SendEmail]) -> Reply:
     """Accept one email; with `scheduled_at` for later, else for now."""
-    message = build_email(convert_email(call.raw))
+    links = await load_links(call, [call.raw])
+    message = build_email(convert_email(call.raw), links=links)
     return await accept_once(call, [message], encode(Accepted(str(message.id))))
 
 
@@ -187,8 +196,9 @@ async def send_email_batch(call: Call[Any]) -> Reply:
     mode = read_batch_mode(call.headers)
     permissive = mode == "permissive"
     room = AttachmentRoom()
+    links = await load_links(call, call.raw)
     messages, errors = read_batch(
-        call.raw, Any, lambda item: build_email(convert_email(item), room), permissive=permissive
+        call.raw, Any, lambda item: build_email(convert_email(item), room, links), permissive=permissive
     )
     content = encode(batch_reply(messages, errors, permissive=permissive))
     if not messages:
@@ -361,8 +371,10 @@ def _unsupported() -> Problem:
     return invalid("`template` and `topic_id` are not supported yet: send `subject` and `html` or `text`.")
 
 
-def build_email(email: SendEmail, room: AttachmentRoom | None = None) -> NewMessage:
-    """Return the email as it is stored. Raises Problem."""
+def build_email(
+    email: SendEmail, room: AttachmentRoom | None = None, links: UnsubscribeLinks | None = None
+) -> NewMessage:
+    """Return the email as it is stored; `links` are needed for one-click unsubscribe. Raises Problem."""
     try:
         sender = read_mailboxes(email.sender, "from", None)[0]
     except Problem as problem:
@@ -379,8 +391,12 @@ def build_email(email: SendEmail, room: AttachmentRoom | None = None) -> NewMess
         raise Problem(422, "missing_required_field", "Missing `html` or `text` field.")
     if _CONTROL.search(email.subject):
         raise invalid("Invalid `subject` field: line ends and control characters are not allowed.")
+    message_id = new_id()
+    headers = read_headers(email.headers) if email.headers else []
+    if email.one_click_unsubscribe:
+        headers += one_click_headers(message_id, headers, len(addresses), links)
     return NewMessage(
-        id=new_id(),
+        id=message_id,
         channel="email",
         sender=sender,
         subject=email.subject,
@@ -391,7 +407,7 @@ def build_email(email: SendEmail, room: AttachmentRoom | None = None) -> NewMess
         reply_to=read_mailboxes(email.reply_to, "reply_to", None),
         html=email.html,
         text=email.text,
-        headers=read_headers(email.headers) if email.headers else [],
+        headers=headers,
         tags=read_tags(email.tags),
         attachments=read_attachments(email.attachments, room or AttachmentRoom()) if email.attachments else (),
         units=len(addresses),
