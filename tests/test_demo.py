@@ -26,6 +26,7 @@ FOREIGN = {
     "EMAIL_PROVIDER": "ses",
     "ADMIN_TOKEN": "a-token-that-is-not-the-demos",
     "ALERT_WEBHOOK_URL": "http://127.0.0.1:1/",
+    "WEBHOOK_ALLOW_CIDRS": "10.0.0.0/8",
 }
 
 
@@ -53,6 +54,8 @@ def test_the_demo_meets_every_expectation_twice_on_one_folder_and_stops_cleanly(
     met = re.search(r"(\d+) of (\d+) expectations met", first.stdout)
     assert met is not None
     assert met[1] == met[2]
+    assert re.search(r"✓ Every fact in the database was told[^:]*: (\d{3}) facts, \1 told", first.stdout)
+    assert "503, 503, 200; success" in first.stdout
 
     second = subprocess.Popen(
         [*DEMO, "--data", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -88,3 +91,4 @@ def test_the_demo_hangs_on_nothing_in_the_environment(monkeypatch: pytest.Monkey
     assert settings.admin_token is None
     assert settings.email_provider == "capture"
     assert settings.alert_webhook_url is None
+    assert [str(network) for network in settings.webhook_allow_cidrs] == ["127.0.0.1/32"]

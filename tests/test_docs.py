@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ import resend
 from nightmail.cli import app
 from nightmail.jobs.table import JOBS
 from nightmail.settings import Settings
+from nightmail.web.api.table import OPERATIONS
+from nightmail.webhooks.signature import signature_headers
 from tests.web.serving import serving
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 TEXTS = {name: (ROOT / name).read_text() for name in PAGES}
 README = TEXTS["README.md"]
+WEBHOOKS = (ROOT / "docs" / "webhooks.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -64,7 +68,7 @@ def test_the_readme_is_honest_about_what_is_not_built() -> None:
     section = README.partition("## What is not built yet")[2].partition("\n## ")[0]
     unbuilt = {spec.name for spec in JOBS if spec.run is None}
     assert set(re.findall(r"`([a-z-]+)`", section)) & {spec.name for spec in JOBS} == unbuilt
-    numbers = {1: "one", 2: "two", 10: "ten", 11: "eleven"}
+    numbers = {1: "one", 2: "two", 3: "three", 10: "ten", 11: "eleven"}
     built = len(JOBS) - len(unbuilt)
     assert f"{numbers[built]} of the thirteen jobs are there, {numbers[len(unbuilt)]} are not" in README
     assert f"These {numbers[len(unbuilt)]} jobs" in section
@@ -102,3 +106,51 @@ def test_the_examples_of_the_readme_send_mail(database_url: str, monkeypatch: py
         assert answer.status_code == 200, answer.text
         exec(script.replace("http://127.0.0.1:8025", server.url), {})
         assert server.rows("SELECT count(*) FROM messages") == [(2,)]
+
+
+def test_the_tables_of_the_webhooks_page_are_what_the_rules_say() -> None:
+    made = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "webhooks_page.py")], capture_output=True, text=True, check=True
+    )
+    assert made.stdout == WEBHOOKS, "docs/webhooks.md is not what scripts/webhooks_page.py makes of it"
+
+
+def test_the_webhooks_page_names_settings_and_operations_that_exist() -> None:
+    names = {name.upper() for name in Settings.model_fields}
+    named = set(re.findall(r"`([A-Z]+_[A-Z_]+)`", WEBHOOKS)) - {"NIGHTMAIL_KEY"}
+    assert named <= names
+    assert {name for name in names if name.startswith("WEBHOOK_")} <= named
+    operations = {(operation.method, operation.path) for operation in OPERATIONS if operation.status != 501}
+    calls = {
+        (method, path.partition("?")[0])
+        for method, path in re.findall(r"`(GET|POST|PATCH|DELETE)\s(/[^\s`]+)`", WEBHOOKS)
+    }
+    assert len(calls) >= 7
+    assert calls <= operations
+    for link in re.findall(r"\]\(([^)#]+)\)", WEBHOOKS):
+        assert link.startswith("https://") or (ROOT / "docs" / link).exists(), link
+
+
+def test_the_examples_of_the_webhooks_page_subscribe_and_verify(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (curl,) = (block for block in blocks(WEBHOOKS, "sh") if block.startswith("curl "))
+    arguments = shlex.split(curl)
+    with serving(database_url) as server:
+        org = server.make_org()
+        path = arguments[1].removeprefix("http://127.0.0.1:8025")
+        made = server.call("POST", path, org.live_key, json.loads(arguments[arguments.index("-d") + 1]))
+        assert made.status_code == 201, made.text
+        webhook = made.json()
+        event = server.call("POST", f"/webhooks/{webhook['id']}/test", org.live_key).json()["id"]
+        sent = server.call("GET", f"/webhooks/{webhook['id']}/events/{event}", org.live_key).json()
+    body = json.dumps(sent["payload"]).encode()
+    headers = signature_headers([webhook["signing_secret"]], webhook_id=event, timestamp=int(time.time()), body=body)
+    (script,) = blocks(WEBHOOKS, "python")
+    monkeypatch.setenv("WEBHOOK_SECRET", webhook["signing_secret"])
+    example: dict[str, Any] = {}
+    exec(script, example)
+    assert [example["receive"](body, headers) for _ in range(2)] == [204, 204]
+    assert example["receive"](body + b" ", headers) == 400
+    assert example["receive"](body, {}) == 400
+    assert capsys.readouterr().out.count("webhook.test") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import secrets
 import socket
@@ -18,6 +19,7 @@ from nightmail.demo.screen import Expectation, Screen
 from nightmail.demo.story import ServerGone, Story, StoryError
 from nightmail.errors import SettingsError
 from nightmail.fakes.smtp_catcher import SmtpCatcher
+from nightmail.fakes.webhook_receiver import Receiver
 from nightmail.log import configure_logging
 from nightmail.main import Servers, open_servers
 from nightmail.serve import listen, serve_async, url_of
@@ -71,6 +73,8 @@ def demo_settings(**overrides: Any) -> Settings:
             "email_provider": "capture",
             "sms_provider": "capture",
             "smtp_url": None,
+            # The receiver of webhooks is on this machine, where none is posted to otherwise.
+            "webhook_allow_cidrs": (ipaddress.ip_network(f"{HOST}/32"),),
             "alert_webhook_url": None,
             "alert_email": None,
             "healthchecks_ping_url": None,
@@ -101,32 +105,48 @@ async def _demonstrate(
     catcher = SmtpCatcher(keep=KEEP)
     smtp_url = SecretStr(await catcher.start())
     settings = demo_settings(cron_secret=(SecretStr(secret),), email_provider="smtp", smtp_url=smtp_url)
+    try:
+        async with Receiver() as receiver:
+            story = Story(url_of(listener), secret, catcher, receiver, servers.database_url, screen)
+            return await _serve_and_play(settings, servers, listener, story, screen, began, data, once=once)
+    finally:
+        await catcher.stop()
+
+
+async def _serve_and_play(
+    settings: Settings,
+    servers: Servers,
+    listener: socket.socket,
+    story: Story,
+    screen: Screen,
+    began: float,
+    data: Path,
+    *,
+    once: bool,
+) -> int:
     ready, stop = asyncio.Event(), asyncio.Event()
     server = asyncio.create_task(
         serve_async(settings, servers, listener, scheduler=True, on_ready=ready.set, stop=stop)
     )
     url = url_of(listener)
-    story = Story(url, secret, catcher, screen)
     play = asyncio.create_task(_play(story, screen, ready, began, url))
-    try:
-        await asyncio.wait({server, play}, return_when=asyncio.FIRST_COMPLETED)
-        if server.done() or await _is_ending(server, play):
-            play.cancel()
-            await asyncio.wait({play})
-            await server
-            screen.say("Stopped.")
-            return 1 if once else 0
-        is_met = _report(play, story, screen, url, data, once=once)
-        if once:
-            stop.set()
-            await server
-            return 0 if is_met else 1
-        screen.console.print("\n  Running with the scheduler until Ctrl-C.")
+    await asyncio.wait({server, play}, return_when=asyncio.FIRST_COMPLETED)
+    if server.done() or await _is_ending(server, play):
+        play.cancel()
+        await asyncio.wait({play})
         await server
         screen.say("Stopped.")
-        return 0
-    finally:
-        await catcher.stop()
+        return 1 if once else 0
+    is_met = _report(play, story, screen, url, data, once=once)
+    if once:
+        stop.set()
+        await server
+        return 0 if is_met else 1
+    story.end()
+    screen.console.print("\n  Running with the scheduler until Ctrl-C.")
+    await server
+    screen.say("Stopped.")
+    return 0
 
 
 async def _is_ending(server: asyncio.Task[None], play: asyncio.Task[list[Expectation]]) -> bool:
@@ -141,7 +161,10 @@ async def _play(story: Story, screen: Screen, ready: asyncio.Event, began: float
     await ready.wait()
     screen.say(f"Nightmail is ready at {url} after {monotonic() - began:.1f} s. Open {url}/dashboard and watch.")
     screen.console.print()
-    screen.title("Two sample orgs send", "email by real SMTP to a catcher in this process, SMS to the capture provider")
+    screen.title(
+        "Two sample orgs send and listen",
+        "email by real SMTP to a catcher in this process, SMS to the capture provider, webhooks to a receiver here",
+    )
     return await story.play()
 
 
@@ -170,6 +193,7 @@ def _print_addresses(story: Story, screen: Screen, url: str) -> None:
     screen.console.print()
     screen.title("Look around")
     screen.pair("dashboard", f"{url}/dashboard")
+    screen.pair("webhooks", f"{url}/dashboard/webhooks")
     screen.pair("inbox", f"{url}/dashboard/inbox")
     screen.pair("API docs", f"{url}/docs")
     screen.console.print()

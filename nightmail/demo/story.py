@@ -20,12 +20,16 @@ import aiohttp
 from nightmail.clock import monotonic, now
 from nightmail.demo.sample_mail import CLINIC, LONG_TEXT, SHOP, SampleMail
 from nightmail.demo.screen import Expectation, Screen
+from nightmail.demo.webhooks import FLAKY, FLAKY_SCRIPT, OURS, RESENDS, Webhooks
 from nightmail.errors import NightmailError
 from nightmail.fakes.smtp_catcher import CaughtEmail, SmtpCatcher
+from nightmail.fakes.webhook_receiver import Receiver
 from nightmail.ids import new_id
 from nightmail.jobs.table import JOBS
 
 ORDERS, NEWSLETTERS, SHIPPINGS, APPOINTMENTS, SMS_NOW, SMS_LATER, TEST_ENV = 120, 100, 40, 60, 30, 10, 30
+# Facts that somebody listens for: what is scheduled is told twice, SMS of the clinic and its cancellation to nobody.
+TOLD = ORDERS + NEWSLETTERS + 2 * (SHIPPINGS + APPOINTMENTS + SMS_LATER) + SMS_NOW + TEST_ENV + 10
 # Requests under way at once.
 CONCURRENCY = 8
 # Scheduled messages are spread over this, after a moment in which they are accepted.
@@ -103,11 +107,20 @@ class Seen:
 class Story:
     """One run of the demonstration against a server that answers at `url`."""
 
-    def __init__(self, url: str, cron_secret: str, catcher: SmtpCatcher, screen: Screen) -> None:
+    def __init__(
+        self,
+        url: str,
+        cron_secret: str,
+        catcher: SmtpCatcher,
+        receiver: Receiver,
+        database_url: str,
+        screen: Screen,
+    ) -> None:
         self._url = url
         self._secret = cron_secret
         self._catcher = catcher
         self._screen = screen
+        self._webhooks = Webhooks(receiver, database_url, self._call)
         self._mail = SampleMail()
         self._ids = Ids()
         self._seen = Seen()
@@ -123,15 +136,22 @@ class Story:
         async with aiohttp.ClientSession(self._url, timeout=timeout) as self._session:
             self.orgs = [await self._org(SHOP, "pro", "metered"), await self._org(CLINIC, "free", "quota")]
             shop, clinic = self.orgs
+            await self._subscribe(shop, clinic)
             with self._screen:
                 async with self._watching():
                     await self._send_special(clinic)
                     await self._send_ordinary(shop, clinic)
                     await self._settle()
+                    await self._webhooks.settle(self._everything())
             await self._check_messages(shop, clinic)
+            self._expectations += await self._webhooks.check(self._everything())
             await self._check_jobs()
             await self._check_page()
         return self._expectations
+
+    def end(self) -> None:
+        """Let the receiver only count from now on: nobody looks at what it is told any more."""
+        self._webhooks.receiver.keeps = False
 
     # ── sending ──
 
@@ -145,6 +165,15 @@ class Story:
                 return Keys(org["id"], name, live["token"], test["token"])
         made = await self._call("POST", "/orgs", None, {"name": name, "plan": plan, "billing": billing})
         return Keys(made["id"], name, made["live_key"], made["test_key"])
+
+    async def _subscribe(self, shop: Keys, clinic: Keys) -> None:
+        """Let both orgs listen: one in our dialect, one in Resend's, one for the test env, one that fails at first."""
+        self._webhooks.receiver.behave(FLAKY, FLAKY_SCRIPT)
+        subscribe = self._webhooks.subscribe
+        await subscribe(shop.org_id, shop.live, "live", "/shop/messages", OURS, "nightmail")
+        await subscribe(clinic.org_id, clinic.live, "live", "/clinic/resend", RESENDS, "resend")
+        await subscribe(clinic.org_id, clinic.test, "test", "/clinic/test", ["message.sent"], "nightmail")
+        await subscribe(clinic.org_id, clinic.live, "live", FLAKY, ["message.failed"], "nightmail", schedule="1s 1s 1s")
 
     async def _send_special(self, clinic: Keys) -> None:
         """Send one message for each thing that may happen to one."""
@@ -259,6 +288,7 @@ class Story:
         self._screen.count("accepted by the API", min(ids.total, planned), planned)
         self._screen.count("sent", events["sent"], planned - 3, ", ".join(ends))
         self._screen.count("arrived by SMTP", len(self._caught()), planned - 3 - SMS_NOW - SMS_LATER - 1 - TEST_ENV)
+        self._screen.count("told to webhooks", self._webhooks.arrived, TOLD)
 
     async def _settle(self) -> None:
         """Wait until every message has come to its end, or time is up."""
@@ -423,6 +453,15 @@ class Story:
             "The dashboard shows all jobs and says which are not built",
             answer.status == 200 and named == len(JOBS) and text.count("not built yet") == unbuilt,
             f"{answer.status}, {named} jobs, {text.count('not built yet')} not built yet",
+        )
+        async with self._session.get("/dashboard/webhooks") as answer:
+            text = await answer.text()
+        hooks = self._webhooks.hooks
+        named = sum(f"/dashboard/webhooks/{hook.id}" in text for hook in hooks)
+        self._expect(
+            "Its page of webhooks shows how each of them fares",
+            answer.status == 200 and named == len(hooks) and "1 of 3 attempts" in text,
+            f"{answer.status}, {named} webhooks",
         )
 
     # ── HTTP ──

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from nightmail.store.overview import MINUTES_DRAWN, RunView
+from nightmail.store.webhook_overview import HOURS_DRAWN, AttemptCounts
 from nightmail.web.wording import amount, duration
 
 SPARK_HEIGHT, SPARK_STEP, SPARK_BAR = 22, 5, 3
 PLOT_HEIGHT, PLOT_STEP, PLOT_BAR = 96, 24, 19
+WEEK_HEIGHT, WEEK_STEP, WEEK_BAR = 96, 7, 6
+DAY_HOURS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +66,31 @@ def draw_minutes(this_minute: datetime, counts: Mapping[datetime, int]) -> Plot:
             x = index * PLOT_STEP + (PLOT_STEP - PLOT_BAR) / 2
             bars.append(Bar(x, PLOT_HEIGHT - height, PLOT_BAR, height, "sent", label))
     return Plot(MINUTES_DRAWN * PLOT_STEP, PLOT_HEIGHT, bars, top, sum(values))
+
+
+def draw_day(counts: AttemptCounts) -> Plot:
+    """Draw the attempts of the last 24 hours, one small bar per hour."""
+    return _draw_hours(counts, DAY_HOURS, SPARK_HEIGHT, SPARK_STEP, SPARK_BAR)
+
+
+def draw_week(counts: AttemptCounts) -> Plot:
+    """Draw the attempts of the last week, one bar per hour."""
+    return _draw_hours(counts, HOURS_DRAWN, WEEK_HEIGHT, WEEK_STEP, WEEK_BAR)
+
+
+def _draw_hours(counts: AttemptCounts, hours: int, full_height: int, step: int, width: int) -> Plot:
+    """Draw one bar per hour, this hour at the right edge: what failed stands on what succeeded."""
+    moments = [counts.this_hour - timedelta(hours=back) for back in reversed(range(hours))]
+    values = [counts.by_hour.get(moment, (0, 0)) for moment in moments]
+    top = max(map(sum, values))
+    bars = []
+    for index, (moment, (delivered, failed)) in enumerate(zip(moments, values, strict=True)):
+        label = f"{moment:%d %b %H:%M} UTC: {amount(delivered)} delivered, {amount(failed)} failed"
+        x, y = index * step + (step - width) / 2, float(full_height)
+        for value, tone in ((delivered, "delivered"), (failed, "failed")):
+            if value:
+                # A single failure among thousands must be seen, and nothing may stand out at the top.
+                height = min(round(max(2.0, value / top * full_height), 1), max(y, 2.0))
+                y = max(0.0, round(y - height, 1))
+                bars.append(Bar(x, y, width, height, tone, label))
+    return Plot(hours * step, full_height, bars, top, sum(map(sum, values)))

@@ -1,70 +1,44 @@
-"""The operator's pages: jobs, runs, messages, inbox. They work without JavaScript, and run none that is not ours.
+"""The operator's pages: jobs, runs, messages, inbox; those about webhooks are in web.dashboard_webhooks.
 
-Everything shown came from outside and is escaped by the templates; the HTML of a mail is only ever the srcdoc of an
-iframe that may do nothing. What changes something is a POST from a page of ours (admin_session).
+They work without JavaScript, and run none that is not ours. Everything shown came from outside and is escaped by the
+templates; the HTML of a mail is only ever the srcdoc of an iframe that may do nothing. What changes something is a POST
+from a page of ours (admin_session).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlsplit
 from uuid import UUID
 
-import jinja2
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 
-from nightmail import __version__
-from nightmail.clock import now
 from nightmail.engine.job import JobSpec
 from nightmail.engine.runner import Engine, RunOutcome
 from nightmail.engine.schedule import next_slot
-from nightmail.errors import DatabaseAway
 from nightmail.rules.messages import STATES
+from nightmail.rules.webhooks import type_of
 from nightmail.settings import LOOPBACK_HOSTS
-from nightmail.store import messages, orgs, overview
+from nightmail.store import messages, orgs, overview, webhook_overview
 from nightmail.store.database import Connection
-from nightmail.web import admin_session, charts, wording
-from nightmail.web.client_address import client_address
-from nightmail.web.failures import Failures
-from nightmail.web.problems import Problem
-from nightmail.web.services import Services, template_environment
+from nightmail.web import admin_session, charts
+from nightmail.web.dashboard_webhooks import webhook_pages
+from nightmail.web.pages import MAIL_POLICY, Dashboard, Page, address_of, uuid_of
+from nightmail.web.services import Services
 
 STATIC = Path(__file__).parent / "static"
-FORM_MAX = 4096
-# For what one page reads; a frozen database then shows as one that is away.
-READ_LIMIT_S = 10.0
 OUR_PAGE = re.compile(r"/dashboard(/[A-Za-z0-9/_-]*)?(\?[!-~]*)?")
 ORGS_LISTED = 200
 SHOWN_STATES = (*STATES, "suppressed")
 RUN_STATES = ("running", "succeeded", "failed", "deduplicated", "not_configured", "interrupted")
-
-# `style` lets the mail of a message page keep its own look: it is inherited by the frame that shows it.
-POLICY = (
-    "default-src 'none'; style-src 'self'{style}; img-src 'self'{images}; script-src 'self'; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-)
-PAGE_POLICY = POLICY.format(style="", images="")
-MAIL_POLICY = POLICY.format(style=" 'unsafe-inline'", images=" data:")
-# Not `no-referrer`: with it browsers name the origin of a form's POST as `null`.
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "X-DNS-Prefetch-Control": "off",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
-
-Handler = Callable[["Page"], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,121 +61,10 @@ class JobRow:
         return self.spec.run is not None
 
 
-class Dashboard:
-    """What the pages share; made once per process."""
-
-    def __init__(self, services: Services, engine: Engine) -> None:
-        self.services = services
-        self.engine = engine
-        self.failures = Failures(admin_session.FAILURES_MAX)
-        self.templates = page_templates()
-
-    def route(self, path: str, handler: Handler, *, method: str = "GET", is_public: bool = False) -> Route:
-        """Return the route of a page: session first, then the handler, every refusal a page too."""
-
-        async def endpoint(request: Request) -> Response:
-            page = Page(self, request)
-            try:
-                if not is_public and not admin_session.check_session(self.services, page.headers):
-                    return page.to_login()
-                if method == "POST":
-                    admin_session.refuse_foreign(page.headers)
-                return await handler(page)
-            except Problem as problem:
-                return page.refuse(problem.status, problem.message)
-            except DatabaseAway:
-                return page.refuse(503, "The database cannot be reached. This page tries again by itself.")
-
-        return Route("/dashboard" + path, endpoint, methods=[method])
-
-
-class Page:
-    """One request for a page."""
-
-    def __init__(self, dashboard: Dashboard, request: Request) -> None:
-        self.dashboard = dashboard
-        self.services = dashboard.services
-        self.engine = dashboard.engine
-        self.request = request
-        self.headers: Mapping[bytes, bytes] = dict(request.scope["headers"])
-        self.now = now()
-
-    async def read(self, step: Callable[[Connection], Awaitable[Any]]) -> Any:
-        """Run one or several SELECTs. Raises DatabaseAway."""
-        try:
-            return await self.engine.background.within(READ_LIMIT_S, self.services.database.run(step))
-        except TimeoutError as error:
-            raise DatabaseAway(str(error)) from error
-
-    def show(self, template: str, *, status: int = 200, policy: str = PAGE_POLICY, **values: Any) -> Response:
-        """Return the page."""
-        text = self.dashboard.templates.get_template(template).render(
-            page=self, now=self.now, path=self.request.url.path, **values
-        )
-        return self._guarded(HTMLResponse(text, status_code=status), policy)
-
-    def refuse(self, status: int, message: str) -> Response:
-        """Return the page that says why not."""
-        return self.show("refused.html.j2", status=status, status_code=status, message=message)
-
-    def go(self, address: str, cookie: str | None = None) -> Response:
-        """Send the browser to a page of ours."""
-        response = self._guarded(RedirectResponse(address, status_code=303), PAGE_POLICY)
-        if cookie is not None:
-            response.headers["Set-Cookie"] = cookie
-        return response
-
-    def to_login(self) -> Response:
-        """Send the browser to the login, and back here afterwards when this was a plain look."""
-        url = self.request.url
-        wanted = url.path + (f"?{url.query}" if url.query else "") if self.request.method in ("GET", "HEAD") else ""
-        return self.go("/dashboard/login" + (f"?{urlencode({'next': wanted})}" if wanted else ""))
-
-    def query(self, name: str, among: Sequence[str] | None = None) -> str:
-        """Return a query parameter, '' when it is absent or not one of those allowed."""
-        text = self.request.query_params.get(name, "").replace("\x00", "").strip()[:320]
-        return text if among is None or text in among else ""
-
-    async def form(self) -> dict[str, str]:
-        """Return the fields of a small form. Raises Problem 413."""
-        body = b""
-        async for chunk in self.request.stream():
-            body += chunk
-            if len(body) > FORM_MAX:
-                raise Problem(413, "payload_too_large", "This form is too large.")
-        try:
-            return dict(parse_qsl(body.decode("utf-8", "replace"), max_num_fields=10))
-        except ValueError:
-            raise Problem(422, "validation_error", "This form has too many fields.") from None
-
-    @property
-    def is_open(self) -> bool:
-        """Return whether everyone on this machine may look, because no ADMIN_TOKEN is set."""
-        return self.services.settings.admin_token is None
-
-    @property
-    def env(self) -> str:
-        """Return the kind of installation."""
-        return self.services.settings.nightmail_env
-
-    @property
-    def version(self) -> str:
-        """Return the version of Nightmail."""
-        return __version__
-
-    @property
-    def address(self) -> str:
-        """Return where the request comes from, as a key for counting."""
-        return str(client_address(self.request.scope, self.services.settings.trusted_proxies))
-
-    def _guarded(self, response: Response, policy: str) -> Response:
-        response.headers.update({**HEADERS, "Content-Security-Policy": policy})
-        return response
-
-
 def dashboard_routes(services: Services, engine: Engine) -> list[BaseRoute]:
     """Return the pages below /dashboard."""
-    at = Dashboard(services, engine).route
+    dashboard = Dashboard(services, engine)
+    at = dashboard.route
     return [
         Mount("/dashboard/static", StaticFiles(directory=STATIC)),
         at("/login", show_login, is_public=True),
@@ -214,23 +77,8 @@ def dashboard_routes(services: Services, engine: Engine) -> list[BaseRoute]:
         at("/messages", show_messages),
         at("/messages/{message_id}", show_message),
         at("/inbox", show_inbox),
+        *webhook_pages(dashboard),
     ]
-
-
-def page_templates() -> jinja2.Environment:
-    """Return the templates with the pages' words for times and amounts."""
-    environment = template_environment()
-    environment.filters.update(
-        amount=wording.amount,
-        bounded=wording.bounded,
-        duration=wording.duration,
-        utc=wording.utc,
-        precise=wording.precise,
-        spaced=wording.spaced,
-        byte_size=wording.byte_size,
-    )
-    environment.globals.update(distance=wording.distance, standing=wording.standing)
-    return environment
 
 
 async def show_login(page: Page) -> Response:
@@ -289,12 +137,12 @@ async def show_runs(page: Page) -> Response:
     """GET /dashboard/runs: the calls of all jobs or one."""
     job = page.query("job", tuple(page.engine.jobs))
     state = page.query("state", RUN_STATES)
-    before = _uuid_of(page.query("before"))
+    before = uuid_of(page.query("before"))
     found, has_more = await page.read(
         lambda conn: overview.list_runs(conn, job=job or None, state=state or None, before=before)
     )
     runs = [_in_order(run, page.engine) for run in found]
-    older = _address("/dashboard/runs", job=job, state=state, before=str(runs[-1].job_id)) if has_more else ""
+    older = address_of("/dashboard/runs", job=job, state=state, before=str(runs[-1].job_id)) if has_more else ""
     return page.show(
         "runs.html.j2", runs=runs, older=older, job=job, state=state, jobs=list(page.engine.jobs), states=RUN_STATES,
         is_first=before is None,
@@ -303,7 +151,7 @@ async def show_runs(page: Page) -> Response:
 
 async def show_run(page: Page) -> Response:
     """GET /dashboard/runs/{jobId}."""
-    job_id = _uuid_of(page.request.path_params["job_id"])
+    job_id = uuid_of(page.request.path_params["job_id"])
     run = await page.read(lambda conn: overview.get_run(conn, job_id)) if job_id else None
     if run is None:
         return page.refuse(404, "There is no run with this id, or it is no longer kept.")
@@ -340,10 +188,10 @@ async def run_job(page: Page) -> Response:
 async def show_messages(page: Page) -> Response:
     """GET /dashboard/messages: all orgs' messages, filtered; an id in the search box opens that message."""
     search = page.query("q")
-    message_id = _uuid_of(search)
+    message_id = uuid_of(search)
     if message_id is not None:
         return page.go(f"/dashboard/messages/{message_id}")
-    org_id = _uuid_of(page.query("org"))
+    org_id = uuid_of(page.query("org"))
     chosen = {
         "env": page.query("env", ("live", "test")),
         "channel": page.query("channel", ("email", "sms")),
@@ -356,11 +204,11 @@ async def show_messages(page: Page) -> Response:
         state=chosen["state"] or None,
         recipient=search.lower(),
     )
-    before = _uuid_of(page.query("before"))
+    before = uuid_of(page.query("before"))
     found = await page.read(lambda conn: overview.list_messages(conn, wanted, before=before))
     tenants, _ = await page.read(lambda conn: orgs.list_orgs(conn, limit=ORGS_LISTED))
     kept = {**chosen, "q": search, "org": str(org_id) if org_id else ""}
-    older = _address("/dashboard/messages", **kept, before=str(found.next_before)) if found.next_before else ""
+    older = address_of("/dashboard/messages", **kept, before=str(found.next_before)) if found.next_before else ""
     return page.show(
         "messages.html.j2", found=found, older=older, chosen=kept, orgs=tenants, states=SHOWN_STATES,
         is_first=before is None, scan=overview.SCAN,
@@ -369,7 +217,7 @@ async def show_messages(page: Page) -> Response:
 
 async def show_message(page: Page) -> Response:
     """GET /dashboard/messages/{id}: where it stands, its timeline, its content."""
-    message_id = _uuid_of(page.request.path_params["message_id"])
+    message_id = uuid_of(page.request.path_params["message_id"])
     values = await page.read(partial(_read_message, message_id=message_id)) if message_id else None
     if values is None:
         return page.refuse(404, "There is no message with this id.")
@@ -386,6 +234,8 @@ async def _read_message(conn: Connection, message_id: UUID) -> dict[str, Any] | 
         "events": await messages.get_events(conn, **owner),
         "outcomes": await overview.recipient_outcomes(conn, message_id),
         "attachments": await messages.list_attachments(conn, env=message.env, **owner),
+        "deliveries": await webhook_overview.deliveries_of_message(conn, message_id),
+        "type_of": type_of,
     }
 
 
@@ -397,30 +247,18 @@ async def show_inbox(page: Page) -> Response:
     channels = ["email"] if settings.email_provider == "capture" or is_local_smtp else []
     channels += ["sms"] if settings.sms_provider == "capture" else []
     channel = page.query("channel", channels) or (channels[0] if len(channels) == 1 else "")
-    before = _uuid_of(page.query("before"))
+    before = uuid_of(page.query("before"))
     found = overview.MessagePage()
     if channels:
         wanted = overview.MessageFilter(channel=channel or None, captured=True)
         found = await page.read(lambda conn: overview.list_messages(conn, wanted, before=before))
     dropped = await page.read(lambda conn: overview.dropped_recipients(conn, [line.id for line in found.lines]))
-    older = _address("/dashboard/inbox", channel=channel, before=str(found.next_before)) if found.next_before else ""
+    older = address_of("/dashboard/inbox", channel=channel, before=str(found.next_before)) if found.next_before else ""
     return page.show(
         "inbox.html.j2", found=found, dropped=dropped, older=older, channel=channel, channels=channels,
         email_taker=f"SMTP at {smtp.hostname}:{smtp.port}" if is_local_smtp and smtp else settings.email_provider,
         sms_taker=settings.sms_provider, is_first=before is None,
     )  # fmt: skip
-
-
-def _uuid_of(text: str) -> UUID | None:
-    """Return the id, None for anything that is not written like one."""
-    try:
-        return UUID(text) if len(text) == 36 else None
-    except ValueError:
-        return None
-
-
-def _address(path: str, **query: str) -> str:
-    return f"{path}?{urlencode({name: value for name, value in query.items() if value})}"
 
 
 def _safe_next(text: str) -> str:
