@@ -12,7 +12,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import accept, claim_latency, dispatch, memory, queue_shape, send_live, send_test
+from bench import (
+    accept,
+    arrival,
+    claim_latency,
+    deliver,
+    dispatch,
+    fan_out,
+    memory,
+    queue_shape,
+    send_live,
+    send_test,
+    starve,
+)
 from bench.plan import FULL, NORMAL, QUICK, Plan, Tell
 from bench.report import OUTPUT, Section, show, to_markdown
 from bench.server import Bench, open_bench
@@ -26,6 +38,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "memory": memory.run,
     "accept": accept.run,
     "dispatch": dispatch.run,
+    "fan-out": fan_out.run,
+    "deliver": deliver.run,
+    "starve": starve.run,
+    "arrival": arrival.run,
     "queue-shape": queue_shape.run,
 }
 

@@ -1,4 +1,4 @@
-"""Worker processes from the parent's side: start them, let all go at once, collect what they measured."""
+"""Processes from the parent's side: workers, let go at once and asked what they measured, and fakes they talk to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from bench.report import ROOT
 
@@ -19,11 +20,25 @@ READY_LIMIT_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Worked:
-    """What all workers of one run did together; memory is the largest growth of one process."""
+    """What all workers of one run did together; memory is the largest growth of one process.
+
+    `claims_ms` are the times of their single claims, where the kind of worker measures them.
+    """
 
     items: int
     seconds: float
     memory_mib: float
+    claims_ms: Sequence[float] = ()
+
+    @classmethod
+    def of(cls, results: Sequence[Mapping[str, Any]]) -> Worked:
+        """Return the sum of what the workers reported."""
+        return cls(
+            items=sum(result["items"] for result in results),
+            seconds=max(result["ended"] for result in results) - min(result["began"] for result in results),
+            memory_mib=max(result["memory_mib"] for result in results),
+            claims_ms=[each for result in results for each in result.get("claims_ms", ())],
+        )
 
     @property
     def per_s(self) -> float:
@@ -51,11 +66,7 @@ def work(tasks: Sequence[Mapping[str, Any]]) -> Worked:
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     stream.close()
-    return Worked(
-        items=sum(result["items"] for result in results),
-        seconds=max(result["ended"] for result in results) - min(result["began"] for result in results),
-        memory_mib=max(result["memory_mib"] for result in results),
-    )
+    return Worked.of(results)
 
 
 def _start(task: Mapping[str, Any]) -> subprocess.Popen[str]:
@@ -91,16 +102,37 @@ AWS_ENVIRONMENT = {
 def fake_provider(folder: Path, *, latency_ms: float) -> Iterator[tuple[str, Path]]:
     """Yield the HTTP endpoint of a fake provider process and the path of its log."""
     log = folder / f"provider-{os.urandom(4).hex()}.log"
-    command = [
-        sys.executable, "-m", "nightmail.fakes.provider_server",
-        "--log", str(log), "--latency-ms", str(latency_ms), "--exit-with-parent",
-    ]  # fmt: skip
+    options = ("--log", str(log), "--latency-ms", str(latency_ms))
+    try:
+        with _fake("nightmail.fakes.provider_server", *options) as address:
+            yield address, log
+    finally:
+        log.unlink(missing_ok=True)
+
+
+@contextmanager
+def webhook_sink(log: Path | None = None) -> Iterator[str]:
+    """Yield the address of a process that answers every POST with 200 and counts them, and notes them in `log`."""
+    options = ("--log", str(log)) if log is not None else ()
+    with _fake("nightmail.fakes.webhook_receiver", "--count-only", *options) as address:
+        yield address
+
+
+def count_received(sink: str) -> tuple[int, int]:
+    """Return how many events a sink has got, and how many requests beyond the first of each."""
+    with urlopen(f"{sink}/_summary", timeout=10) as answer:
+        summary = json.load(answer)
+    return summary["distinct"], summary["doubles"]
+
+
+@contextmanager
+def _fake(module: str, *options: str) -> Iterator[str]:
+    command = [sys.executable, "-m", module, *options, "--exit-with-parent"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        yield _expect(process, "ready").split()[1], log
+        yield _expect(process, "ready").split()[1]
     finally:
         process.terminate()
         process.wait(10)
         assert process.stdout is not None
         process.stdout.close()
-        log.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections import deque
-from typing import Any
+from typing import Any, LiteralString
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -129,11 +129,11 @@ async def connect(url: str) -> Connection:
     return conn
 
 
-async def drain_test(conn: Connection, *, shard: int) -> int:
+async def drain_test(conn: Connection, *, shard: int, statement: LiteralString = FINISH_TEST) -> int:
     """Finish all due test messages, one statement a set."""
     total = 0
     while True:
-        cursor = await conn.execute(FINISH_TEST, {"limit": BATCH, "shard": shard})
+        cursor = await conn.execute(statement, {"limit": BATCH, "shard": shard})
         row = await cursor.fetchone()
         if row is None or row[0] == 0:
             return total

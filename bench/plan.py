@@ -15,6 +15,7 @@ class Plan:
     """Sizes of a run."""
 
     rounds: int = 3
+    core_rounds: int = 9
     orgs: int = 20
     test_messages: int = 200_000
     peer_jobs: int = 40_000
@@ -30,6 +31,11 @@ class Plan:
     accept_warm_s: float = 2.0
     dispatch_messages: int = 200
     shape_messages: int = 200_000
+    deliveries: int = 20_000
+    starve_backlog: int = 100_000
+    starve_due: int = 100
+    fan_out_messages: int = 40_000
+    arrivals: int = 200
     is_quick: bool = False
 
 
@@ -37,6 +43,7 @@ NORMAL = Plan()
 FULL = Plan(claim_stored=(1_000_000, 10_000_000))
 QUICK = Plan(
     rounds=1,
+    core_rounds=1,
     test_messages=2_000,
     peer_jobs=500,
     live_messages=100,
@@ -51,6 +58,11 @@ QUICK = Plan(
     accept_warm_s=0.2,
     dispatch_messages=10,
     shape_messages=2_000,
+    deliveries=300,
+    starve_backlog=1_000,
+    starve_due=20,
+    fan_out_messages=1_000,
+    arrivals=10,
     is_quick=True,
 )
 

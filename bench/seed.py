@@ -1,6 +1,11 @@
-"""Seeds in SQL: orgs, messages, bodies, queue rows and fair-share hints, as accepting them would have left them."""
+"""Seeds in SQL: orgs, messages, bodies, queue rows and fair-share hints, as accepting them would have left them.
+
+And webhook endpoints with deliveries, as sending would have left those: neither numbered nor with a body.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from bench.server import Connection
 
@@ -39,7 +44,7 @@ BODIES = """
 INSERT INTO message_bodies (message_id, to_addresses, html, text)
 SELECT id, addresses, '<p>' || repeat('Hello from the bench. ', 20) || '</p>', repeat('Hello from the bench. ', 20)
 FROM messages
-WHERE state = 'scheduled'
+WHERE state = %(state)s
 """
 
 TURNS = """
@@ -50,6 +55,39 @@ ORDER BY 1, 2, 3
 ON CONFLICT DO NOTHING
 """
 
+# Endpoint 1 belongs to org 1; with more than one per org, org 2's follow those of org 1.
+ENDPOINTS = """
+INSERT INTO webhook_endpoints (id, org_id, env, url, dialect, types, topics, secret)
+SELECT ('00000000-0000-7000-9000-' || lpad(to_hex((org - 1) * %(per_org)s + place), 12, '0'))::uuid,
+       ('00000000-0000-7000-8000-' || lpad(to_hex(org), 12, '0'))::uuid,
+       'test', 'https://nowhere.test', 'nightmail', '{message.sent}', '{email.sent,sms.sent}', %(secret)s
+FROM generate_series(1, %(orgs)s) AS org
+CROSS JOIN generate_series(1, %(per_org)s) AS place
+"""
+
+# The messages of the endpoint's org in turn; what is due became due over nine minutes.
+DELIVERIES = """
+WITH message AS MATERIALIZED (
+    SELECT m.id, row_number() OVER (ORDER BY m.id) - 1 AS place, count(*) OVER () AS total
+    FROM messages AS m
+    WHERE m.org_id = (SELECT e.org_id FROM webhook_endpoints AS e WHERE e.id = %(endpoint_id)s)
+)
+INSERT INTO webhook_deliveries (endpoint_id, event_id, org_id, topic, message_id, occurred_at, due_at)
+SELECT e.id, nm_uuid7(), e.org_id, 'email.sent', m.id, now(),
+       now() - interval '10 minutes' + make_interval(secs => 540.0 * i / %(deliveries)s)
+FROM generate_series(1, %(deliveries)s) AS i
+JOIN message AS m ON m.place = i %% m.total
+CROSS JOIN webhook_endpoints AS e
+WHERE e.id = %(endpoint_id)s
+"""
+
+POINT = """
+UPDATE webhook_endpoints
+SET url = %(url)s || '/' || id
+WHERE id = ANY (%(ids)s::uuid[])
+"""
+
+SECRET = "whsec_" + "YmVuY2gg" * 5
 DUE_FROM_S, DUE_SPAN_S = -600.0, 540.0
 FUTURE_FROM_S, FUTURE_SPAN_S = 86_400.0, 86_400.0 * 25
 
@@ -81,7 +119,7 @@ def queue_all(conn: Connection, *, bodies: bool = False) -> None:
     conn.execute(QUEUE)
     conn.execute(TURNS)
     if bodies:
-        conn.execute(BODIES)
+        conn.execute(BODIES, {"state": "scheduled"})
 
 
 def seed_due(conn: Connection, messages: int, *, orgs: int, env: str) -> None:
@@ -89,3 +127,31 @@ def seed_due(conn: Connection, messages: int, *, orgs: int, env: str) -> None:
     seed_orgs(conn, orgs)
     seed_messages(conn, messages, orgs=orgs, env=env)
     queue_all(conn, bodies=env == "live")
+
+
+def endpoint_id(number: int) -> str:
+    """Return the id of a seeded endpoint, counted from 1."""
+    return f"00000000-0000-7000-9000-{number:012x}"
+
+
+def seed_endpoints(conn: Connection, *, orgs: int, per_org: int = 1) -> None:
+    """Insert endpoints of the test environment that want `message.sent`; they lead nowhere until pointed somewhere."""
+    if per_org:
+        conn.execute(ENDPOINTS, {"orgs": orgs, "per_org": per_org, "secret": SECRET})
+
+
+def seed_sent(conn: Connection, messages: int, *, orgs: int) -> None:
+    """Insert orgs and messages of the test environment that are sent, with what a delivery's body tells of them."""
+    seed_orgs(conn, orgs)
+    seed_messages(conn, messages, orgs=orgs, state="sent")
+    conn.execute(BODIES, {"state": "sent"})
+
+
+def seed_deliveries(conn: Connection, deliveries: int, *, endpoint: int) -> None:
+    """Insert due deliveries for one endpoint, about the messages of its org."""
+    conn.execute(DELIVERIES, {"deliveries": deliveries, "endpoint_id": endpoint_id(endpoint)})
+
+
+def point_endpoints(conn: Connection, numbers: Iterable[int], url: str) -> None:
+    """Let endpoints lead to paths below `url`."""
+    conn.execute(POINT, {"ids": [endpoint_id(number) for number in numbers], "url": url})

@@ -16,6 +16,7 @@ from bench.report import Check, Section
 from bench.server import Bench
 
 NAME = "send_due_test"
+CORE = ("Nightmail, 1 process", "floor, 1 process", "Nightmail, 2 processes", "floor, 2 processes")
 
 
 def run(bench: Bench, plan: Plan, tell: Tell) -> Section:
@@ -50,7 +51,9 @@ def run(bench: Bench, plan: Plan, tell: Tell) -> Section:
         "Nightmail through Engine.run, 1 process": partial(measure, "engine", 1),
         "pgqueuer 1.6 coalesced, 2 processes": partial(measure_peer, 2),
     }
-    rates = alternate(contenders, plan.rounds, tell)
+    # The gain of a second process is a ratio of ratios: three rounds of it say nothing (0.79 and 0.98 were both seen).
+    others = {name: contenders.pop(name) for name in [name for name in contenders if name not in CORE]}
+    rates = alternate(contenders, plan.core_rounds, tell) | alternate(others, plan.rounds, tell)
     bench.drop(NAME)
     median = {name: found.median for name, found in rates.items()}
     ours, floor = median["Nightmail, 1 process"], median["floor, 1 process"]

@@ -2,7 +2,8 @@
 
     python -m bench.worker '{"kind": "job", "url": "postgresql://…", "lanes": ["test"]}'
 
-Kinds: job (the real send-scheduled), engine (the whole Engine.run around it), floor_test, floor_live, peer.
+Kinds: job (the real send-scheduled), engine (the whole Engine.run around it), deliver and deliver_first (the real
+deliveries, all of them or the first), peer, and the floors: floor_test, floor_live, floor_fan_out, floor_deliver.
 """
 
 from __future__ import annotations
@@ -13,37 +14,34 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import structlog
 import uvloop
 
-from bench import floor, peer
+from bench import floor, floor_webhooks, peer
+from bench.delivering import FirstReplies, TimedRun
 from nightmail.clock import monotonic
 from nightmail.engine.crash import CrashPoints
 from nightmail.engine.deadline import Deadline
 from nightmail.engine.job import JobContext
 from nightmail.engine.runner import Engine
+from nightmail.engine.send_rate import Unlimited
 from nightmail.ids import new_id
 from nightmail.jobs.send_scheduled import work_lanes
 from nightmail.jobs.table import JOBS
 from nightmail.ports import EmailSender, Ports
 from nightmail.providers.capture import CaptureSender
 from nightmail.providers.ses import SesSender
+from nightmail.providers.sns_http import HttpSnsHost
+from nightmail.providers.webhook_http import HttpWebhookSender
 from nightmail.settings import Settings
 from nightmail.store.database import Database
 
 NEVER_S = 3600.0
 Task = dict[str, Any]
-
-
-class NoRate:
-    """A send rate without limit."""
-
-    async def take(self, account: str, wanted: int) -> int:
-        """Grant everything."""
-        return wanted
 
 
 class Stopwatch:
@@ -60,11 +58,11 @@ class Stopwatch:
         self.resident_kib = _kib("VmRSS")
         self.began = monotonic()
 
-    def report(self, items: int, ended: float | None = None) -> str:
+    def report(self, items: int, ended: float | None = None, **more: Any) -> str:
         """Return the measurements as JSON; memory is the highest residence since the process began, less the start."""
         ended = ended or monotonic()
         memory_mib = (_kib("VmHWM") - self.resident_kib) / 1024
-        return json.dumps({"items": items, "began": self.began, "ended": ended, "memory_mib": memory_mib})
+        return json.dumps({"items": items, "began": self.began, "ended": ended, "memory_mib": memory_mib, **more})
 
 
 @asynccontextmanager
@@ -74,9 +72,17 @@ async def _opened(task: Task) -> AsyncIterator[tuple[Settings, Database, Ports]]
     await database.open()
     async with database.connection():
         pass  # connected before the clock starts, as the floor is
-    ports = Ports(email=_email_sender(task, settings), sms=CaptureSender(), send_rate=NoRate())
+    ports = Ports(
+        email=_email_sender(task, settings),
+        sms=CaptureSender(),
+        send_rate=Unlimited(),
+        webhooks=HttpWebhookSender(settings.webhook_allow_cidrs, concurrency=settings.webhook_concurrency),
+        sns=HttpSnsHost(),
+    )
     yield settings, database, ports
     await ports.email.close()
+    await ports.webhooks.close()
+    await ports.sns.close()
     await database.close()
 
 
@@ -88,19 +94,46 @@ async def run_job(task: Task, watch: Stopwatch) -> str:
 
 async def _drain(task: Task, watch: Stopwatch, settings: Settings, database: Database, ports: Ports) -> str:
     await watch.ready()
-    ctx = JobContext(
-        job_id=new_id(),
-        job="send-scheduled",
-        database=database,
-        ports=ports,
-        settings=settings,
-        deadline=Deadline.after(NEVER_S),
-        runner="bench",
-        log=structlog.get_logger(),
-    )
+    ctx = _context("send-scheduled", settings, database, ports, NEVER_S)
     counts, more = await work_lanes(ctx, task["lanes"])
     assert not more, "the lanes were not drained"
     return watch.report(counts["sent"])
+
+
+def _context(job: str, settings: Settings, database: Database, ports: Ports, deadline_s: float) -> JobContext:
+    return JobContext(
+        job_id=new_id(),
+        job=job,
+        database=database,
+        ports=ports,
+        settings=settings,
+        deadline=Deadline.after(deadline_s),
+        runner="bench",
+        log=structlog.get_logger(),
+    )
+
+
+async def run_deliver(task: Task, watch: Stopwatch) -> str:
+    """Deliver all that is due with the shipped code."""
+    async with _opened(task) as (settings, database, ports):
+        await watch.ready()
+        run = TimedRun(_context("retry-webhooks", settings, database, ports, NEVER_S))
+        counts, _ = await run.drain()
+        return watch.report(counts["delivered"], claims_ms=run.claims_ms)
+
+
+async def run_deliver_first(task: Task, watch: Stopwatch) -> str:
+    """Deliver, for as long as a run may take, until `wanted` posts were answered; the time ends with that answer."""
+    async with _opened(task) as (settings, database, ports):
+        stopping = asyncio.Event()
+        replies = FirstReplies(ports.webhooks, task["wanted"], stopping)
+        await watch.ready()
+        ctx = _context("retry-webhooks", settings, database, replace(ports, webhooks=replies), settings.job_deadline_s)
+        ctx.stopping = stopping
+        run = TimedRun(ctx)
+        counts, _ = await run.drain()
+        assert replies.complete_at is not None, f"one run delivered only {counts['delivered']}"
+        return watch.report(counts["delivered"], replies.complete_at, claims_ms=run.claims_ms)
 
 
 async def run_engine(task: Task, watch: Stopwatch) -> str:
@@ -140,6 +173,23 @@ async def run_floor_live(task: Task, watch: Stopwatch) -> str:
     return report
 
 
+async def run_floor_fan_out(task: Task, watch: Stopwatch) -> str:
+    """Drain the test lane with the floor that writes deliveries too."""
+    conn = await floor.connect(task["url"])
+    await watch.ready()
+    statement = floor_webhooks.FINISH_AND_TELL
+    report = watch.report(await floor.drain_test(conn, shard=task["shard"], statement=statement))
+    await conn.close()
+    return report
+
+
+async def run_floor_deliver(task: Task, watch: Stopwatch) -> str:
+    """Sign and post as many bodies, without a database."""
+    await watch.ready()
+    options = {name: task[name] for name in ("posts", "paths", "concurrency")}
+    return watch.report(await floor_webhooks.post_all(task["sink"], **options))
+
+
 async def run_peer(task: Task, watch: Stopwatch) -> str:
     """Drain the peer's queue."""
     await watch.ready()
@@ -150,8 +200,12 @@ async def run_peer(task: Task, watch: Stopwatch) -> str:
 KINDS: dict[str, Callable[[Task, Stopwatch], Awaitable[str]]] = {
     "job": run_job,
     "engine": run_engine,
+    "deliver": run_deliver,
+    "deliver_first": run_deliver_first,
     "floor_test": run_floor_test,
     "floor_live": run_floor_live,
+    "floor_fan_out": run_floor_fan_out,
+    "floor_deliver": run_floor_deliver,
     "peer": run_peer,
 }
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command
-from bench import crew, dispatch, memory, send_live, send_test, server, worker
+from bench import crew, deliver, dispatch, fan_out, memory, send_live, send_test, server, starve, worker
 from bench.report import Check, Rates, Section, to_markdown
 from bench.server import Bench
 from nightmail.clock import monotonic
@@ -54,8 +54,7 @@ def work(tasks: Sequence[Mapping[str, Any]], really: Callable[..., crew.Worked] 
 
     with ThreadPoolExecutor(len(tasks)) as threads:
         done = list(threads.map(do, tasks))
-    seconds = max(each["ended"] for each in done) - min(each["began"] for each in done)
-    return crew.Worked(sum(each["items"] for each in done), seconds, max(each["memory_mib"] for each in done))
+    return crew.Worked.of(done)
 
 
 @pytest.fixture
@@ -72,10 +71,11 @@ def shared_server(
 
     monkeypatch.setattr(server, "EMPTY", f"bench_{worker_id}")  # all other names differ by benchmark
     monkeypatch.setattr(command, "open_bench", open_bench)
-    for module in (send_test, send_live, memory):
+    for module in (send_test, send_live, memory, fan_out, deliver, starve):
         monkeypatch.setattr(module, "work", work)
     monkeypatch.setattr(send_live, "CONCURRENCIES", (32,))
     monkeypatch.setattr(dispatch, "LEAD_S", 1.0)
+    monkeypatch.setattr("nightmail.webhooks.deliver.STOP_S", 0.1)  # what hangs hangs for ever
     for name, value in crew.AWS_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     handler = signal.getsignal(signal.SIGTERM)
