@@ -21,8 +21,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import msgspec
 import psycopg
 from psycopg import AsyncConnection
+from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from nightmail.errors import DatabaseAway
@@ -94,6 +96,7 @@ class Database:
         )
 
     async def _configure(self, conn: Connection) -> None:
+        set_json_loads(msgspec.json.decode, conn)  # four times as fast as the standard library's
         if self._pooler == "none":
             await conn.execute(SESSION_LIMITS)
         if self._session:

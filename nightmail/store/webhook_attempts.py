@@ -177,24 +177,11 @@ WHERE place NOT IN (SELECT place FROM written)
 async def record_attempts(conn: Connection, outcomes: Sequence[Outcome]) -> Recorded:
     """Write the outcomes in one transaction: health of the endpoints, deliveries, attempts, and who was disabled."""
     noted = [o for o in outcomes if o.kind != "unsent" and (o.kind != "delivered" or not o.is_healthy)]
+    if not noted:
+        return Recorded(await _record(conn, outcomes), [])
     async with conn.transaction():
-        disabled = await _note_health(conn, noted) if noted else []
-        cursor = await conn.execute(
-            RECORD,
-            {
-                "endpoint_ids": [o.endpoint_id for o in outcomes],
-                "event_ids": [o.event_id for o in outcomes],
-                "claim_ids": [o.claim_id for o in outcomes],
-                "kinds": [o.kind for o in outcomes],
-                "waits_s": [o.wait_s for o in outcomes],
-                "sent_at": [o.sent_at for o in outcomes],
-                "durations_ms": [o.duration_ms for o in outcomes],
-                "statuses": [o.http_status for o in outcomes],
-                "errors": [o.error for o in outcomes],
-                "responses": [o.response for o in outcomes],
-            },
-        )
-        lost = {row[0] - 1 for row in await cursor.fetchall()}
+        disabled = await _note_health(conn, noted)
+        lost = await _record(conn, outcomes)
         facts = [
             Fact(
                 one.org_id, one.env, "webhook.disabled", data={"id": str(one.id), "url": one.url, "reason": one.reason}
@@ -203,6 +190,26 @@ async def record_attempts(conn: Connection, outcomes: Sequence[Outcome]) -> Reco
         ]
         await fan_out(conn, facts)
     return Recorded(lost, disabled)
+
+
+async def _record(conn: Connection, outcomes: Sequence[Outcome]) -> set[int]:
+    """Write deliveries and attempts; return the places of rows that were not ours any more."""
+    cursor = await conn.execute(
+        RECORD,
+        {
+            "endpoint_ids": [o.endpoint_id for o in outcomes],
+            "event_ids": [o.event_id for o in outcomes],
+            "claim_ids": [o.claim_id for o in outcomes],
+            "kinds": [o.kind for o in outcomes],
+            "waits_s": [o.wait_s for o in outcomes],
+            "sent_at": [o.sent_at for o in outcomes],
+            "durations_ms": [o.duration_ms for o in outcomes],
+            "statuses": [o.http_status for o in outcomes],
+            "errors": [o.error for o in outcomes],
+            "responses": [o.response for o in outcomes],
+        },
+    )
+    return {row[0] - 1 for row in await cursor.fetchall()}
 
 
 async def _note_health(conn: Connection, outcomes: Sequence[Outcome]) -> list[Disabled]:

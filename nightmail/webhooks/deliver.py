@@ -81,8 +81,9 @@ class DeliveryRun:
         self.posts: dict[asyncio.Task[None], Claimed] = {}
         self.flying: Counter[UUID] = Counter()  # posts under way, by endpoint
         # By endpoint: held, under way, or failed and not yet recorded. Until then the claim knows nothing of a failure,
-        # and an endpoint that has just failed or gone must not be given more.
+        # and an endpoint that has just failed or gone must not be given more: nothing held for it is begun either.
         self.busy: Counter[UUID] = Counter()
+        self.failed: Counter[UUID] = Counter()
         self.results: list[Outcome] = []
         self.result_arrived = asyncio.Event()
         self.set_is_full = asyncio.Event()
@@ -206,11 +207,14 @@ class DeliveryRun:
     # ── post ──
 
     def begin(self) -> None:
-        """Start what is held, in order, as far as there are slots and its endpoint has one."""
+        """Start what is held, in order, as far as there are slots, and its endpoint has one and has not just failed."""
         waiting: list[Held] = []
         while self.held and len(self.posts) < self.limit:
             one = self.held.popleft()
             endpoint_id = one.claimed.endpoint_id
+            if endpoint_id in self.failed:
+                self.put_back(one)
+                continue
             if self.flying[endpoint_id] >= self.per_endpoint:
                 waiting.append(one)
                 continue
@@ -232,16 +236,10 @@ class DeliveryRun:
         if self.held and not self.must_stop:
             self.begin()
 
-    def put_back(self, endpoint_id: UUID | None = None) -> None:
-        """Give back what is held and not begun, of one endpoint or of all; it is surely not posted."""
-        kept: deque[Held] = deque()
-        for one in self.held:
-            if endpoint_id in (None, one.claimed.endpoint_id):
-                self.keep(unsent(one.claimed, now()))
-                _take_off(self.busy, one.claimed.endpoint_id)
-            else:
-                kept.append(one)
-        self.held = kept
+    def put_back(self, one: Held) -> None:
+        """Give back what was held and not begun; it is surely not posted."""
+        self.keep(unsent(one.claimed, now()))
+        _take_off(self.busy, one.claimed.endpoint_id)
 
     async def post(self, held: Held) -> None:
         """Make the one attempt of this claim and keep its outcome for the recorder."""
@@ -270,12 +268,11 @@ class DeliveryRun:
             outcome = judge_reply(one, reply, sent_at, duration_ms=_ms_since(began), jitter=self.ctx.jitter)
         self.ctx.reach("posted")
         self.keep(outcome)
-        if outcome.kind != "delivered":
-            self.put_back(one.endpoint_id)
 
     async def finish_posts(self, seconds: float) -> None:
         """Put back what is held and wait for the posts under way, at most so long; then break them off."""
-        self.put_back()
+        while self.held:
+            self.put_back(self.held.popleft())
         if self.posts:
             await asyncio.wait(self.posts, timeout=max(seconds, 0.0))
         while self.posts:
@@ -291,6 +288,7 @@ class DeliveryRun:
         self.result_arrived.set()
         if outcome.kind != "delivered":
             self.busy[outcome.endpoint_id] += 1
+            self.failed[outcome.endpoint_id] += 1
         if len(self.results) >= FLUSH_AT or outcome.is_gone:
             self.set_is_full.set()
 
@@ -316,6 +314,7 @@ class DeliveryRun:
                 for outcome in outcomes:
                     if outcome.kind != "delivered":
                         _take_off(self.busy, outcome.endpoint_id)
+                        _take_off(self.failed, outcome.endpoint_id)
                 self.tally(outcomes, recorded.lost)
                 for endpoint in recorded.disabled:
                     await self.tell(endpoint)
