@@ -18,7 +18,7 @@ from nightmail.embedded import start
 from nightmail.schema.migrate import migrate
 from tests.simulation.mutants import MUTANTS, SHIPPED
 from tests.simulation.search import search, shrink
-from tests.simulation.simulation import open_connections
+from tests.simulation.world import open_connections
 
 
 async def run(database_url: str, options: argparse.Namespace, console: Console) -> int:

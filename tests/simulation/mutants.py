@@ -10,11 +10,12 @@ from uuid import UUID
 
 from nightmail.store import gate, queue, record
 from nightmail.store.database import Connection
+from nightmail.store.fan_out import Fact, fan_out
 from nightmail.store.gate import GateResult
 from nightmail.store.queue import Claimed
 from nightmail.store.record import Outcome, Recorded
 from nightmail.store.usage_records import Settlement, settle
-from tests.simulation.simulation import Mutant
+from tests.simulation.world import ORG, Mutant
 
 __all__ = ["MUTANTS", "SHIPPED"]
 
@@ -91,7 +92,7 @@ NO_OUTBOX = replaced(record.RECORD, (r"(?s)(\), facts AS.*?)WHERE h\.kind IN \('
 
 
 async def record_state_only(conn: Connection, outcomes: Sequence[Outcome], *, shard: int) -> Recorded:
-    """Record the state; event and usage come in a transaction of their own."""
+    """Record the state; event, usage and delivery come later, each in a transaction of its own."""
 
     async def settle_later(conn: Connection, settlements: Sequence[Settlement], *, shard: int) -> None: ...
 
@@ -100,7 +101,7 @@ async def record_state_only(conn: Connection, outcomes: Sequence[Outcome], *, sh
 
 
 async def write_outbox(conn: Connection, outcomes: Sequence[Outcome], recorded: Recorded, *, shard: int) -> None:
-    """Write the events and the usage of what was recorded before."""
+    """Write the events, the usage and the deliveries of what was recorded before."""
     for outcome in outcomes:
         kind = recorded.written.get(outcome.message_id)
         if kind not in ("sent", "failed"):
@@ -119,6 +120,27 @@ async def write_outbox(conn: Connection, outcomes: Sequence[Outcome], recorded: 
         org_id, channel, env, period, rating, units = row
         used = outcome.units if kind == "sent" else 0
         await settle(conn, [Settlement(org_id, channel, env, period, rating, units, used)], shard=shard)
+    await write_deliveries(conn, outcomes, recorded, shard=shard)
+
+
+async def record_untold(conn: Connection, outcomes: Sequence[Outcome], *, shard: int) -> Recorded:
+    """Record state, event and usage; who is to be told of it comes in a transaction of its own."""
+
+    async def fan_out_later(conn: Connection, facts: Sequence[Fact]) -> int:
+        return 0
+
+    with patch.object(record, "fan_out", fan_out_later):
+        return await record.record_outcomes(conn, outcomes, shard=shard)
+
+
+async def write_deliveries(conn: Connection, outcomes: Sequence[Outcome], recorded: Recorded, *, shard: int) -> None:
+    """Write the deliveries of what was recorded before."""
+    facts = [
+        Fact(ORG, "live", f"email.{kind}", message_id=message_id)
+        for message_id, kind in recorded.written.items()
+        if kind in ("sent", "failed")
+    ]
+    await fan_out(conn, facts)
 
 
 NESTED_LOOP_LEAVES_OUT = ("hashjoin", "mergejoin", "hashagg", "sort", "material")
@@ -138,6 +160,11 @@ MUTANTS = {
             record_outcomes=record_state_only,
             record_rest=write_outbox,
             checks_each_step=False,
+        ),
+        Mutant(
+            "deliveries outside the transaction",
+            record_outcomes=record_untold,
+            record_rest=write_deliveries,
         ),
         Mutant("missing heartbeat", has_heartbeat=False),
         Mutant("counter as claim id", has_counter=True),

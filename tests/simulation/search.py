@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nightmail.store.database import Connection
-from tests.simulation.simulation import Mutant, Result, Simulation, choices_of
+from tests.simulation.simulation import Result, Simulation, choices_of
+from tests.simulation.world import Mutant
 
 __all__ = ["Failure", "run_choices", "run_seed", "search", "shrink"]
 

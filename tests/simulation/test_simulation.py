@@ -10,7 +10,7 @@ import pytest
 from nightmail.store.database import Connection
 from tests.simulation.mutants import MUTANTS, SHIPPED
 from tests.simulation.search import run_seed, search, shrink
-from tests.simulation.simulation import open_connections
+from tests.simulation.world import open_connections
 
 pytestmark = pytest.mark.anyio
 
