@@ -41,8 +41,9 @@ format: $(STAMP) ## Format the code
 bench: $(STAMP) ## Measure against floors and a peer, and write docs/benchmarks.md
 	@$(BIN)/python -m bench
 
-chaos: $(STAMP) ## Kill runners for a minute under load and account for every message
+chaos: $(STAMP) ## Kill runners for two minutes under load and account for every message and delivery
 	@$(BIN)/python -m tests.crash.kill_loop --seconds 60
+	@$(BIN)/python -m tests.crash.webhook_kill_loop --seconds 60
 
 simulate: $(STAMP) ## Run 20,000 seeded interleavings over real PostgreSQL
 	@$(BIN)/python -m tests.simulation --seeds 20000

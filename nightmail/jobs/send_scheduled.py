@@ -373,6 +373,7 @@ class LaneRun:
             units=passed.units if passed.channel == "sms" else max(passed.units - len(accepted.detail), 0),
             provider_message_id=accepted.provider_message_id,
             refused=accepted.detail,
+            suppressed=passed.suppressed,
         )
 
     async def send(self, passed: Passed, timeout_s: float) -> Accepted:

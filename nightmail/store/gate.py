@@ -168,7 +168,7 @@ ORDER BY message_id, position
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """A message whose call may begin now; `units` are those of the recipients that are left."""
+    """A message whose call may begin now; `units` are those of the recipients left, `suppressed` the dropped ones."""
 
     message_id: UUID
     claim_id: UUID
@@ -176,6 +176,7 @@ class Passed:
     attempts: int
     units: int
     outgoing: OutgoingEmail | OutgoingSms
+    suppressed: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -281,4 +282,4 @@ def _passed(row: tuple[Any, ...], claim_id: UUID, files: Sequence[Attachment]) -
         attachments=files,
         tags=tag_pairs,
     )
-    return Passed(message_id, claim_id, channel, attempts, units - len(dropped), email)
+    return Passed(message_id, claim_id, channel, attempts, units - len(dropped), email, tuple(suppressed))

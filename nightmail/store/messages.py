@@ -336,8 +336,9 @@ WITH released AS (
                   ELSE 0
               END AS dropped
 ), queued AS (
-    INSERT INTO message_queue (message_id, org_id, lane, due_at, file_bytes)
+    INSERT INTO message_queue (message_id, org_id, lane, due_at, takeovers, file_bytes)
     SELECT id, org_id, CASE env WHEN 'test' THEN 'test' ELSE 'live:' || channel END, nm_now(),
+           1,  -- of the call that is in doubt a provider may still report: the gate asks
            (SELECT coalesce(sum(length(a.content)), 0) FROM message_attachments AS a WHERE a.message_id = released.id)
     FROM released
     WHERE %(action)s = 'resend'

@@ -221,7 +221,7 @@ SETTLE_DOUBT = """
 WITH ended AS (
     UPDATE messages AS m
     SET state = CASE m.state WHEN 'ambiguous' THEN 'sent' ELSE m.state END,
-        reason = NULL,
+        reason = CASE m.state WHEN 'ambiguous' THEN NULL ELSE nullif(m.reason, 'call interrupted') END,
         sent_at = nm_now(),
         provider_message_id = coalesce(m.provider_message_id, %(provider_id)s)
     WHERE m.id = %(message_id)s

@@ -25,7 +25,7 @@ class Outcome:
     """How one call ended.
 
     `wait_s` is the time until the next attempt (retry, throttled, in_doubt); `units` what is charged when sent;
-    `refused` maps addresses that an accepting provider turned down to its code.
+    `refused` maps addresses that an accepting provider turned down to its code; `suppressed` were dropped at the gate.
     """
 
     message_id: UUID
@@ -38,6 +38,7 @@ class Outcome:
     detail: str | None = None
     wait_s: float = 0.0
     refused: dict[str, str] = field(default_factory=dict)
+    suppressed: Sequence[str] = ()
 
 
 # Rows that are no longer ours drop out in `mine`; the final SELECT names what was written, the rest is lost.
@@ -196,4 +197,6 @@ def _fact(row: tuple[Any, ...], outcome: Outcome) -> Fact:
         data |= {"reason": storable(outcome.code), "detail": storable(outcome.detail)}
     if outcome.refused:
         data["refused"] = {storable(address): storable(code) for address, code in outcome.refused.items()}
+    if kind == "sent" and outcome.suppressed:
+        data["suppressed"] = list(outcome.suppressed)
     return Fact(org_id, env, f"{channel}.{kind}", message_id=message_id, data=data)

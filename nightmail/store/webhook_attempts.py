@@ -23,10 +23,10 @@ Kind = Literal["delivered", "retry", "failed", "cut", "unsent"]
 class Outcome:
     """How one attempt ended.
 
-    `cut` is one that we broke off ourselves: not counted, due again at once; `unsent` the same without a POST, which
-    says nothing of the endpoint and is no row of webhook_attempts. `wait_s` is the time until the next
-    attempt; `block_s` how long the endpoint asked to be left alone. `is_gone` disables it. `is_healthy` is what the
-    claim said of the endpoint.
+    `cut` is one that we broke off ourselves: not counted, due again at once; `unsent` the same without a POST.
+    `is_post` says whether there was one, a row of webhook_attempts; `is_telling` whether its end says something of the
+    endpoint. `wait_s` is the time until the next attempt; `block_s` how long the endpoint asked to be left alone.
+    `is_gone` disables it. `is_healthy` is what the claim said of the endpoint.
     """
 
     endpoint_id: UUID
@@ -42,6 +42,8 @@ class Outcome:
     wait_s: float = 0.0
     block_s: float = 0.0
     is_gone: bool = False
+    is_post: bool = True
+    is_telling: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +139,11 @@ WITH result AS MATERIALIZED (
     FROM unnest(
         %(endpoint_ids)b::uuid[], %(event_ids)b::uuid[], %(claim_ids)b::uuid[], %(kinds)b::text[],
         %(waits_s)b::float8[], %(sent_at)b::timestamptz[], %(durations_ms)b::int[], %(statuses)b::smallint[],
-        %(errors)b::text[], %(responses)b::text[]
-    ) WITH ORDINALITY
-      AS r (endpoint_id, event_id, claim_id, kind, wait_s, sent_at, duration_ms, http_status, error, response, place)
+        %(errors)b::text[], %(responses)b::text[], %(is_post)b::bool[]
+    ) WITH ORDINALITY AS r (
+        endpoint_id, event_id, claim_id, kind, wait_s, sent_at, duration_ms, http_status, error, response, is_post,
+        place
+    )
 ), mine AS MATERIALIZED (
     SELECT d.ctid AS row, r.place, r.kind, r.wait_s, coalesce(r.error, 'status ' || r.http_status) AS reason
     FROM webhook_deliveries AS d
@@ -166,7 +170,7 @@ WITH result AS MATERIALIZED (
     SELECT endpoint_id, event_id, nm_nth_id((SELECT nm_uuid7()::text), row_number() OVER ()), sent_at, duration_ms,
            http_status, error, response
     FROM result
-    WHERE kind <> 'unsent'
+    WHERE is_post
 )
 SELECT place
 FROM result
@@ -176,7 +180,7 @@ WHERE place NOT IN (SELECT place FROM written)
 
 async def record_attempts(conn: Connection, outcomes: Sequence[Outcome]) -> Recorded:
     """Write the outcomes in one transaction: health of the endpoints, deliveries, attempts, and who was disabled."""
-    noted = [o for o in outcomes if o.kind != "unsent" and (o.kind != "delivered" or not o.is_healthy)]
+    noted = [o for o in outcomes if o.is_telling and (o.kind != "delivered" or not o.is_healthy)]
     if not noted:
         return Recorded(await _record(conn, outcomes), [])
     async with conn.transaction():
@@ -207,6 +211,7 @@ async def _record(conn: Connection, outcomes: Sequence[Outcome]) -> set[int]:
             "statuses": [o.http_status for o in outcomes],
             "errors": [o.error for o in outcomes],
             "responses": [o.response for o in outcomes],
+            "is_post": [o.is_post for o in outcomes],
         },
     )
     return {row[0] - 1 for row in await cursor.fetchall()}

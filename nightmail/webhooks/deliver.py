@@ -30,7 +30,7 @@ from nightmail.store import webhook_attempts, webhook_deliveries
 from nightmail.store.database import Connection
 from nightmail.store.webhook_attempts import Disabled, Kind, Outcome
 from nightmail.store.webhook_deliveries import Claimed
-from nightmail.webhooks.judge import cut, exhausted, judge_error, judge_reply, unsent
+from nightmail.webhooks.judge import cut, exhausted, judge_error, judge_reply, slept, unsent
 from nightmail.webhooks.notice import tell_disabled
 from nightmail.webhooks.signature import signature_headers
 from nightmail.webhooks.stamp import keep_bodies
@@ -44,9 +44,13 @@ LEAST_PART = 1 / 3
 CUT_BEFORE_S = 0.75
 # Runners that died may have used attempts up that were never made; beyond these the delivery is what kills them.
 SPARE_ATTEMPTS = 3
+# A post that took this much longer than its timeout did so because the process stood still.
+SLEPT_S = 3.0
 FLUSH_AFTER_S = 0.1
 FLUSH_AT = 100
 IDLE_CLAIM_S = 0.05
+# With something due that cannot be claimed, because others hold the endpoints' rows, a run goes on looking this long.
+LOOK_AGAIN_S = 1.0
 REPEATS_EVERY_S = 0.25
 # When the process ends, what is under way gets this long.
 STOP_S = 3.0
@@ -91,6 +95,7 @@ class DeliveryRun:
         self.flushing = asyncio.Lock()
         self.is_restricted = only_healthy  # the last claim left out endpoints that the deadline has no room for
         self.next_claim_at = 0.0
+        self.claimed_at = monotonic()  # when a claim last found something
         self.broken: BaseException | None = None
 
     # ── the run ──
@@ -160,13 +165,15 @@ class DeliveryRun:
         Perhaps the recorder held an endpoint's row just then, or had yet to write that it is up again; or another run
         claimed for the same endpoints at that moment.
         """
+        self.next_claim_at = 0.0
         if self.results or self.flushing.locked():
             await self.flush()
-        elif self.is_restricted or not await self.ctx.database.run(webhook_deliveries.has_work):
+            return True
+        if self.is_restricted or monotonic() > self.claimed_at + LOOK_AGAIN_S:
             return False
-        else:
-            await asyncio.sleep(self.ctx.jitter.uniform(0.1, 1.0) * IDLE_CLAIM_S)
-        self.next_claim_at = 0.0
+        if not await self.ctx.database.run(webhook_deliveries.has_work):
+            return False
+        await asyncio.sleep(self.ctx.jitter.uniform(0.1, 1.0) * IDLE_CLAIM_S)
         return True
 
     async def wait_for_end(self, timeout_s: float) -> None:
@@ -183,6 +190,8 @@ class DeliveryRun:
         begin_before = monotonic() + self.lease_s - self.write_s - self.timeout_s
         claimed = await self.ctx.database.run(partial(self.claim_step, limit=limit))
         self.ctx.reach("claimed")
+        if claimed:
+            self.claimed_at = monotonic()
         self.next_claim_at = 0.0 if claimed else monotonic() + IDLE_CLAIM_S
         self.counts["claimed"] += len(claimed)
         self.busy.update(one.endpoint_id for one, _ in claimed)
@@ -259,7 +268,11 @@ class DeliveryRun:
         try:
             reply = await self.ctx.ports.webhooks.post(one.url, body=body, headers=headers, timeout_s=self.timeout_s)
         except ProviderError as error:
-            outcome = judge_error(one, error, sent_at, duration_ms=_ms_since(began), jitter=self.ctx.jitter)
+            duration_ms = _ms_since(began)
+            if duration_ms > (self.timeout_s + SLEPT_S) * 1000:
+                outcome = slept(one, sent_at, duration_ms=duration_ms)
+            else:
+                outcome = judge_error(one, error, sent_at, duration_ms=duration_ms, jitter=self.ctx.jitter)
         except asyncio.CancelledError:
             # Broken off by us: the endpoint may have it, so it is posted again under the same id.
             self.keep(cut(one, sent_at, duration_ms=_ms_since(began)))

@@ -64,19 +64,48 @@ def judge_error(
 
 
 def cut(one: Claimed, sent_at: datetime, *, duration_ms: int) -> Outcome:
-    """Return the outcome of an attempt that we broke off."""
+    """Return the outcome of an attempt that we broke off because the run ended."""
     error = f"broken off after {duration_ms} ms: the run ended"
     return Outcome(
         one.endpoint_id, one.event_id, one.claim_id, "cut", sent_at, duration_ms, one.is_healthy, error=error
     )
 
 
+def slept(one: Claimed, sent_at: datetime, *, duration_ms: int) -> Outcome:
+    """Return the outcome of an attempt during which our process did not run: no fault of the endpoint's."""
+    error = f"no answer seen: the process stood still, {duration_ms} ms in all"
+    return Outcome(
+        one.endpoint_id,
+        one.event_id,
+        one.claim_id,
+        "cut",
+        sent_at,
+        duration_ms,
+        one.is_healthy,
+        error=error,
+        is_telling=False,
+    )
+
+
 def unsent(one: Claimed, at: datetime) -> Outcome:
     """Return the outcome of a claim that was given back: no attempt was made."""
-    return Outcome(one.endpoint_id, one.event_id, one.claim_id, "unsent", at, 0, one.is_healthy)
+    return Outcome(
+        one.endpoint_id, one.event_id, one.claim_id, "unsent", at, 0, one.is_healthy, is_post=False, is_telling=False
+    )
 
 
 def exhausted(one: Claimed, at: datetime) -> Outcome:
     """Return the outcome of a delivery whose attempts were all begun, by runners that died of it as it seems."""
     error = f"attempts exhausted: {one.attempts - 1} were begun"
-    return Outcome(one.endpoint_id, one.event_id, one.claim_id, "failed", at, 0, one.is_healthy, error=error)
+    return Outcome(
+        one.endpoint_id,
+        one.event_id,
+        one.claim_id,
+        "failed",
+        at,
+        0,
+        one.is_healthy,
+        error=error,
+        is_post=False,
+        is_telling=False,
+    )

@@ -28,12 +28,14 @@ WAIT_S = 40.0
 
 
 class Nurse:
-    """The process that forks runners, and a thread that reads what it tells of them."""
+    """The process that forks runners of `module`, and a thread that reads what it tells of them."""
+
+    module = "tests.crash.runner"
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nightmail-runners-")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.runner"],
+            [sys.executable, "-m", self.module],
             cwd=ROOT,
             env={**os.environ, **AWS_VARIABLES},
             stdin=subprocess.PIPE,
@@ -59,16 +61,25 @@ class Nurse:
 
     def start(self, world: World, *, settings: dict[str, Any], **fields: Any) -> RunnerProcess:
         """Start a runner in a world; one thread at a time."""
-        self._orders += 1
-        order = Order(
-            database_url=world.database_url,
-            http_url=world.provider.http_url,
-            smtp_url=world.provider.smtp_url,
-            sender=world.sender,
-            settings=settings,
-            report=f"{self._folder.name}/{self._orders}.json",
-            **fields,
+        return self.fork(
+            Order(
+                database_url=world.database_url,
+                http_url=world.provider.http_url,
+                smtp_url=world.provider.smtp_url,
+                sender=world.sender,
+                settings=settings,
+                report=self.next_report(),
+                **fields,
+            )
         )
+
+    def next_report(self) -> str:
+        """Return where the next runner writes its report."""
+        return f"{self._folder.name}/{self._orders}.json"
+
+    def fork(self, order: Any) -> RunnerProcess:
+        """Hand an order to the process and return the runner that it forks for it."""
+        self._orders += 1
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(order) + b"\n")
         self._process.stdin.flush()

@@ -10,6 +10,7 @@ import pytest
 
 from nightmail.store import gate, queue
 from nightmail.store.database import Connection
+from nightmail.store.messages import release_message
 from tests import provider_reports as said
 from tests.crash.world import World
 from tests.jobs.test_send_scheduled import to
@@ -94,3 +95,31 @@ async def test_late_evidence_settles_what_was_called_ambiguous(world: World) -> 
     assert world.state(message) == ("delivered", None)
     assert world.taken()[str(message)] == 1
     assert world.ask("SELECT sum(used)::int, sum(reserved)::int FROM usage_records") == [(1, 0)]
+
+
+async def test_a_message_released_to_be_sent_again_is_not_when_the_report_comes_first(world: World) -> None:
+    """By hand it was to be sent again; before that happened the provider told of the first call."""
+    (message,) = await world.accept(to=partial(to, "reset-after"), policy="at_most_once")
+    await world.run()
+    await world.run(offset="10 minutes")
+    assert world.state(message)[0] == "ambiguous"
+    async with world.database() as database, database.connection() as conn:
+        released = await release_message(
+            conn, org_id=world.org_id, env="live", channel="email", message_id=message, action="resend"
+        )
+    assert released == "released"
+    await report(world, message, "Delivery")
+    assert (await world.run())["sent"] == 1
+    assert world.state(message)[0] == "delivered"
+    assert world.taken()[str(message)] == 1
+
+
+async def test_a_refusal_reported_of_an_ambiguous_message_keeps_its_reason(world: World) -> None:
+    (message,) = await world.accept(to=partial(to, "reset-after"), policy="at_most_once")
+    await world.run()
+    await world.run(offset="10 minutes")
+    await report(world, message, "Reject")
+    state, reason = world.state(message)
+    assert state == "failed"
+    assert reason is not None
+    assert "virus" in reason
