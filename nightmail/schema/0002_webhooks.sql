@@ -42,7 +42,8 @@ CREATE INDEX webhook_endpoints_of_org ON webhook_endpoints (org_id, env, id);
 --   data         what only this event knows; of a message the rest is read when the body is made
 --   seq, body    NULL until first claimed or pulled ("stamped"), under the endpoint's lock
 --   due_at       when it may be claimed; of a claimed one the end of its lease
---   attempts     claims that led to an attempt, since the last replay
+--   attempts     attempts that ended and were counted, since the last replay
+--   takeovers    times a claim of it ran out, since the last replay: its runner died, perhaps of it
 CREATE TABLE webhook_deliveries (
     endpoint_id uuid NOT NULL,
     event_id uuid NOT NULL,
@@ -59,6 +60,7 @@ CREATE TABLE webhook_deliveries (
     due_at timestamptz NOT NULL,
     claim_id uuid,
     attempts smallint NOT NULL DEFAULT 0,
+    takeovers smallint NOT NULL DEFAULT 0,
     finished_at timestamptz,
     PRIMARY KEY (endpoint_id, event_id),
     CHECK (claim_id IS NULL OR (state = 'pending' AND seq IS NOT NULL)),

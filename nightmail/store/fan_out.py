@@ -35,7 +35,7 @@ class Fact:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-# One event_id per fact, whatever the number of endpoints; at most 65,535 facts a call. Paused endpoints collect,
+# One event_id per fact, whatever the number of endpoints. Paused endpoints collect,
 # disabled ones do not. The array keeps the look-up of endpoints at one index probe per org and env. Arguments go in
 # binary (%b): as text psycopg escapes every quote of the data.
 FAN_OUT = """
@@ -62,10 +62,19 @@ WHERE f.topic = ANY (l.topics)
 """
 
 
+# nm_nth_id counts to 65,535.
+FACTS_PER_STATEMENT = 10_000
+
+
 async def fan_out(conn: Connection, facts: Sequence[Fact]) -> int:
     """Insert the deliveries of these facts; part of the caller's transaction. Returns how many there are."""
-    if not facts:
-        return 0
+    deliveries = 0
+    for start in range(0, len(facts), FACTS_PER_STATEMENT):
+        deliveries += await _fan_out(conn, facts[start : start + FACTS_PER_STATEMENT])
+    return deliveries
+
+
+async def _fan_out(conn: Connection, facts: Sequence[Fact]) -> int:
     cursor = await conn.execute(
         FAN_OUT,
         {

@@ -7,11 +7,12 @@ themselves, then deliveries of `webhook.disabled` to the org's other endpoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 from uuid import UUID
 
+from nightmail.ids import new_id
 from nightmail.rules.webhooks import BREAKER_BASE_S, BREAKER_FAILURES, BREAKER_MAX_S, DISABLE_AFTER_DAYS
 from nightmail.store.database import Connection
 from nightmail.store.fan_out import Fact, fan_out
@@ -26,7 +27,8 @@ class Outcome:
     `cut` is one that we broke off ourselves: not counted, due again at once; `unsent` the same without a POST.
     `is_post` says whether there was one, a row of webhook_attempts; `is_telling` whether its end says something of the
     endpoint. `wait_s` is the time until the next attempt; `block_s` how long the endpoint asked to be left alone.
-    `is_gone` disables it. `is_healthy` is what the claim said of the endpoint.
+    `is_gone` disables it. `is_healthy`: nothing is known that a success would have to put right. `url` is where it
+    went: what an old address answers says nothing of the new one. `id` is the attempt's.
     """
 
     endpoint_id: UUID
@@ -44,6 +46,8 @@ class Outcome:
     is_gone: bool = False
     is_post: bool = True
     is_telling: bool = True
+    url: str = ""
+    id: UUID = field(default_factory=new_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +69,33 @@ class Recorded:
     disabled: list[Disabled]
 
 
-# The health of endpoints, only where it changes. A success ends the row of failures whatever else came with it. The
-# breaker opens at the tenth failure in a row, for twice as long at each further ten. A failure never shortens a rest
-# that holds already: posts that were under way when the endpoint asked for one may end after it. The endpoint is
-# disabled when it said 410, or when nothing but failures came for five days. Locks in id order.
+# The health of endpoints, only by results whose claim still stands and whose URL is still the endpoint's. A success
+# ends the row of failures whatever else came with it; posts that we broke off count as one failure together, and not
+# as days of failing. The breaker opens at the tenth failure in a row, for twice as long at each further ten. A failure
+# never shortens a rest that holds already: posts that were under way when the endpoint asked for one may end after it.
+# The endpoint is disabled when it said 410, or when nothing but failures came for five days. Locks in id order.
 NOTE_HEALTH = """
 WITH seen AS MATERIALIZED (
-    SELECT endpoint_id, bool_or(is_success) AS is_success, bool_or(is_gone) AS is_gone,
-           count(*) FILTER (WHERE NOT is_success) AS failures, max(block_s) AS block_s
+    SELECT s.endpoint_id, bool_or(s.kind = 'delivered') AS is_success, bool_or(s.is_gone) AS is_gone,
+           bool_or(s.kind <> 'cut') AS is_failing,
+           count(*) FILTER (WHERE s.kind IN ('retry', 'failed')) + bool_or(s.kind = 'cut')::int AS failures,
+           max(s.block_s) AS block_s
     FROM unnest(
-        %(endpoint_ids)s::uuid[], %(is_success)s::bool[], %(is_gone)s::bool[], %(blocks_s)s::float8[]
-    ) AS s (endpoint_id, is_success, is_gone, block_s)
-    GROUP BY endpoint_id
+        %(endpoint_ids)b::uuid[], %(event_ids)b::uuid[], %(claim_ids)b::uuid[], %(kinds)b::text[], %(urls)b::text[],
+        %(is_gone)b::bool[], %(blocks_s)b::float8[]
+    ) AS s (endpoint_id, event_id, claim_id, kind, url, is_gone, block_s)
+    JOIN webhook_deliveries AS d ON d.endpoint_id = s.endpoint_id AND d.event_id = s.event_id
+    JOIN webhook_endpoints AS e ON e.id = s.endpoint_id
+    WHERE d.claim_id = s.claim_id
+      AND e.url = s.url
+    GROUP BY s.endpoint_id
 ), locked AS MATERIALIZED (
     SELECT e.id, CASE WHEN s.is_success THEN 0 ELSE e.failures + s.failures END AS failures,
-           CASE WHEN s.is_success THEN NULL ELSE coalesce(e.first_failing_at, nm_now()) END AS first_failing_at,
+           CASE
+               WHEN s.is_success THEN NULL
+               WHEN s.is_failing THEN coalesce(e.first_failing_at, nm_now())
+               ELSE e.first_failing_at
+           END AS first_failing_at,
            CASE WHEN NOT s.is_success THEN e.blocked_until END AS rests_until,
            s.is_gone, s.block_s
     FROM webhook_endpoints AS e
@@ -139,10 +155,10 @@ WITH result AS MATERIALIZED (
     FROM unnest(
         %(endpoint_ids)b::uuid[], %(event_ids)b::uuid[], %(claim_ids)b::uuid[], %(kinds)b::text[],
         %(waits_s)b::float8[], %(sent_at)b::timestamptz[], %(durations_ms)b::int[], %(statuses)b::smallint[],
-        %(errors)b::text[], %(responses)b::text[], %(is_post)b::bool[]
+        %(errors)b::text[], %(responses)b::text[], %(is_post)b::bool[], %(ids)b::uuid[]
     ) WITH ORDINALITY AS r (
         endpoint_id, event_id, claim_id, kind, wait_s, sent_at, duration_ms, http_status, error, response, is_post,
-        place
+        id, place
     )
 ), mine AS MATERIALIZED (
     SELECT d.ctid AS row, r.place, r.kind, r.wait_s, coalesce(r.error, 'status ' || r.http_status) AS reason
@@ -156,7 +172,7 @@ WITH result AS MATERIALIZED (
     SET state = CASE m.kind WHEN 'delivered' THEN 'delivered' WHEN 'failed' THEN 'failed' ELSE 'pending' END,
         finished_at = CASE WHEN m.kind IN ('delivered', 'failed') THEN nm_now() END,
         reason = CASE WHEN m.kind IN ('retry', 'failed') THEN m.reason END,
-        attempts = d.attempts - (m.kind IN ('cut', 'unsent'))::int,
+        attempts = d.attempts + (m.kind IN ('delivered', 'retry', 'failed'))::int,
         due_at = CASE
             WHEN m.kind IN ('retry', 'cut', 'unsent') THEN nm_now() + make_interval(secs => m.wait_s)
             ELSE d.due_at
@@ -167,10 +183,10 @@ WITH result AS MATERIALIZED (
     RETURNING m.place
 ), attempts AS (
     INSERT INTO webhook_attempts (endpoint_id, event_id, id, sent_at, duration_ms, http_status, error, response)
-    SELECT endpoint_id, event_id, nm_nth_id((SELECT nm_uuid7()::text), row_number() OVER ()), sent_at, duration_ms,
-           http_status, error, response
+    SELECT endpoint_id, event_id, id, sent_at, duration_ms, http_status, error, response
     FROM result
     WHERE is_post
+    ON CONFLICT DO NOTHING  -- written before, by a commit whose answer was lost
 )
 SELECT place
 FROM result
@@ -212,6 +228,7 @@ async def _record(conn: Connection, outcomes: Sequence[Outcome]) -> set[int]:
             "errors": [o.error for o in outcomes],
             "responses": [o.response for o in outcomes],
             "is_post": [o.is_post for o in outcomes],
+            "ids": [o.id for o in outcomes],
         },
     )
     return {row[0] - 1 for row in await cursor.fetchall()}
@@ -222,7 +239,10 @@ async def _note_health(conn: Connection, outcomes: Sequence[Outcome]) -> list[Di
         NOTE_HEALTH,
         {
             "endpoint_ids": [o.endpoint_id for o in outcomes],
-            "is_success": [o.kind == "delivered" for o in outcomes],
+            "event_ids": [o.event_id for o in outcomes],
+            "claim_ids": [o.claim_id for o in outcomes],
+            "kinds": [o.kind for o in outcomes],
+            "urls": [o.url for o in outcomes],
             "is_gone": [o.is_gone for o in outcomes],
             "blocks_s": [o.block_s for o in outcomes],
             "breaker": BREAKER_FAILURES,

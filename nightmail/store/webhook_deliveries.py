@@ -42,8 +42,9 @@ class Stamped:
 class Claimed:
     """A delivery we hold until its lease ends.
 
-    `attempts` counts this one. `body` is None when `fresh` says what to make it from. `secrets` are those that hold
-    now, the current one first. `is_healthy`: the endpoint's last attempt succeeded.
+    `attempts` counts this one; `takeovers` how often a runner died that held it. `body` is None when `fresh` says what
+    to make it from. `secrets` are those that hold now, the current one first. `is_healthy`: the endpoint's last attempt
+    succeeded.
     """
 
     endpoint_id: UUID
@@ -54,6 +55,7 @@ class Claimed:
     dialect: Dialect
     schedule: str
     attempts: int
+    takeovers: int
     is_healthy: bool
     body: str | None
     fresh: Stamped | None
@@ -79,6 +81,7 @@ WITH busy AS (
       AND e.status = 'enabled'
       AND (e.blocked_until IS NULL OR e.blocked_until <= nm_now())
       AND (e.failures = 0 OR NOT %(only_healthy)s)
+      AND (%(only)s::uuid[] IS NULL OR e.id = ANY (%(only)s))
       AND coalesce((SELECT held FROM busy WHERE busy.id = e.id), 0)
           < CASE WHEN e.failures >= %(breaker)s THEN 1 ELSE %(per_endpoint)s END
     ORDER BY random()
@@ -131,14 +134,15 @@ WITH busy AS (
     UPDATE webhook_deliveries AS d
     SET claim_id = %(claim_id)s,
         due_at = nm_now() + make_interval(secs => %(lease_s)s),
-        attempts = d.attempts + 1,
+        takeovers = d.takeovers + (d.claim_id IS NOT NULL)::int,
         seq = coalesce(d.seq, (SELECT f.seq FROM fresh AS f WHERE f.row = d.ctid))
     WHERE d.ctid = ANY (ARRAY(SELECT row FROM repeated UNION ALL SELECT row FROM fresh))
-    RETURNING d.endpoint_id, d.event_id, d.attempts, d.body, d.topic, d.recipient, d.data, d.occurred_at, d.message_id
+    RETURNING d.endpoint_id, d.event_id, d.attempts + 1 AS attempt, d.takeovers, d.body, d.topic,
+              d.recipient, d.data, d.occurred_at, d.message_id
 )
 SELECT c.endpoint_id, c.event_id, l.url, l.secret,
        CASE WHEN l.previous_until > nm_now() THEN l.previous_secret END,
-       l.dialect, l.schedule, c.attempts, l.failures, c.body, c.topic, c.recipient, c.data, c.occurred_at,
+       l.dialect, l.schedule, c.attempt, c.takeovers, l.failures, c.body, c.topic, c.recipient, c.data, c.occurred_at,
        m.id, m.env, m.channel, m.sender, m.subject, b.to_addresses, b.cc_addresses, b.tags, m.units, m.created_at,
        m.scheduled_at, m.provider_message_id
 FROM claimed AS c
@@ -156,11 +160,12 @@ async def claim_deliveries(
     lease_s: float,
     busy: Mapping[UUID, int],
     only_healthy: bool = False,
+    only: Sequence[UUID] | None = None,
 ) -> list[Claimed]:
     """Take up to `limit` due deliveries, an equal share of each endpoint's and at most `per_endpoint` less `busy`.
 
     Part of a transaction in which the caller also writes the bodies of those that had none. `only_healthy` leaves out
-    endpoints whose last attempt failed.
+    endpoints whose last attempt failed, `only` all but these (None: no endpoint).
     """
     claim_id = new_claim_id()
     cursor = await conn.execute(
@@ -174,20 +179,32 @@ async def claim_deliveries(
             "busy_counts": list(busy.values()),
             "breaker": BREAKER_FAILURES,
             "only_healthy": only_healthy,
+            "only": only,
         },
     )
     claimed = []
     for row in await cursor.fetchall():
-        endpoint_id, event_id, url, secret, previous, dialect, schedule, attempts, failures, body = row[:10]
+        endpoint_id, event_id, url, secret, previous, dialect, schedule, attempt, takeovers, failures, body = row[:11]
         fresh = None
         if body is None:
-            topic, recipient, data, occurred_at, *message = row[10:]
+            topic, recipient, data, occurred_at, *message = row[11:]
             about = tuple(message) if message[0] is not None else None
             fresh = Stamped(endpoint_id, event_id, topic, recipient, data, occurred_at, about)
         secrets = (secret,) if previous is None else (secret, previous)
         claimed.append(
             Claimed(
-                endpoint_id, event_id, claim_id, url, secrets, dialect, schedule, attempts, failures == 0, body, fresh
+                endpoint_id,
+                event_id,
+                claim_id,
+                url,
+                secrets,
+                dialect,
+                schedule,
+                attempt,
+                takeovers,
+                failures == 0,
+                body,
+                fresh,
             )
         )
     return claimed

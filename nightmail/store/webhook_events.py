@@ -243,6 +243,7 @@ UPDATE webhook_deliveries
 SET state = 'pending',
     due_at = nm_now(),
     attempts = 0,
+    takeovers = 0,
     claim_id = NULL,
     reason = NULL,
     finished_at = NULL
@@ -324,6 +325,7 @@ WITH scanned AS MATERIALIZED (
     SET state = 'pending',
         due_at = nm_now(),
         attempts = 0,
+        takeovers = 0,
         reason = NULL,
         finished_at = NULL
     FROM locked

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from uuid import UUID
 
+from nightmail.clock import monotonic
 from nightmail.engine.job import JobContext
 from nightmail.store import webhook_deliveries
 from nightmail.store.database import Connection
@@ -14,18 +15,23 @@ CLOSED_PER_STEP = 100
 FAILED_PER_STEP = 2000
 
 
-async def fail_closed(ctx: JobContext) -> int:
-    """Fail what is pending for endpoints that are disabled or removed; return how many deliveries that were."""
+async def fail_closed(ctx: JobContext, *, seconds: float) -> tuple[int, bool]:
+    """Fail what is pending for endpoints that are disabled or removed, for at most so long.
+
+    Returns how many deliveries that were, and whether any are left.
+    """
+    until = monotonic() + seconds
     failed = 0
-    while not (ctx.deadline.is_over or ctx.stopping.is_set()):
+    while True:
         endpoints = await ctx.database.run(partial(webhook_deliveries.list_closed_endpoints, limit=CLOSED_PER_STEP))
         done = 0
         for endpoint_id in endpoints:
+            if monotonic() >= until or ctx.stopping.is_set():
+                return failed + done, True
             done += await ctx.database.run(partial(_fail_closed, endpoint_id=endpoint_id))
         failed += done
         if not done:
-            break
-    return failed
+            return failed, False
 
 
 async def _fail_closed(conn: Connection, endpoint_id: UUID) -> int:

@@ -16,7 +16,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from uuid import UUID
 
@@ -25,7 +25,6 @@ import psycopg
 from nightmail.clock import monotonic, now
 from nightmail.engine.job import JobContext
 from nightmail.errors import DatabaseAway, ProviderError
-from nightmail.rules.webhooks import max_attempts
 from nightmail.store import webhook_attempts, webhook_deliveries
 from nightmail.store.database import Connection
 from nightmail.store.webhook_attempts import Disabled, Kind, Outcome
@@ -35,15 +34,21 @@ from nightmail.webhooks.notice import tell_disabled
 from nightmail.webhooks.signature import signature_headers
 from nightmail.webhooks.stamp import keep_bodies
 
+JOB = "retry-webhooks"
 KEYS = ("claimed", "delivered", "retried", "failed", "disabled")
 COUNTED_AS: Mapping[Kind, str] = {"delivered": "delivered", "failed": "failed", "retry": "retried", "cut": "retried"}
-CLAIM_LIMIT = 100
+# The source says 100 a batch. A claim lasts as long as a commit (docs/decisions/0018): with twice as many, posts wait for
+# none.
+CLAIM_LIMIT = 200
 # Posts to endpoints in good health begin until this part of the timeout is left of the run.
 LEAST_PART = 1 / 3
 # What is under way is broken off this long before the run must have ended, so that it can still be written.
 CUT_BEFORE_S = 0.75
-# Runners that died may have used attempts up that were never made; beyond these the delivery is what kills them.
-SPARE_ATTEMPTS = 3
+# A delivery whose runner died so often may be what kills it.
+MAX_TAKEOVERS = 5
+# An endpoint that answered this soon keeps its right to all slots; the others together get at most QUICK_PART less.
+QUICK_S = 1.0
+QUICK_PART = 1 / 4
 # A post that took this much longer than its timeout did so because the process stood still.
 SLEPT_S = 3.0
 FLUSH_AFTER_S = 0.1
@@ -52,6 +57,8 @@ IDLE_CLAIM_S = 0.05
 # With something due that cannot be claimed, because others hold the endpoints' rows, a run goes on looking this long.
 LOOK_AGAIN_S = 1.0
 REPEATS_EVERY_S = 0.25
+# A probe that takes longer than this is made less often.
+PROBE_S = 0.005
 # When the process ends, what is under way gets this long.
 STOP_S = 3.0
 
@@ -76,6 +83,10 @@ class DeliveryRun:
         self.only_healthy = only_healthy
         self.lease_s = ctx.settings.webhook_lease_s
         self.timeout_s = min(ctx.settings.webhook_timeout_s, self.lease_s / 2)
+        if not only_healthy:
+            # A run shorter than the timeout tries failing endpoints with what it has: perhaps all runs are so short.
+            whole_s = ctx.deadline.left_s - CUT_BEFORE_S
+            self.timeout_s = max(min(self.timeout_s, 0.75 * whole_s), self.timeout_s * LEAST_PART)
         # After the longest post there is still this much of the lease to write its result in.
         self.write_s = self.lease_s / 4
         self.limit = ctx.settings.webhook_concurrency
@@ -84,10 +95,17 @@ class DeliveryRun:
         self.held: deque[Held] = deque()
         self.posts: dict[asyncio.Task[None], Claimed] = {}
         self.flying: Counter[UUID] = Counter()  # posts under way, by endpoint
+        # Endpoints whose last answer was quick. The others, slow or not yet known, never get all slots: however many
+        # hang or dawdle, some are left for the quick.
+        self.quick: set[UUID] = set()
+        self.slow_limit = max(1, int(self.limit * (1 - QUICK_PART)))
         # By endpoint: held, under way, or failed and not yet recorded. Until then the claim knows nothing of a failure,
         # and an endpoint that has just failed or gone must not be given more: nothing held for it is begun either.
         self.busy: Counter[UUID] = Counter()
         self.failed: Counter[UUID] = Counter()
+        self.failed_meanwhile: set[UUID] = set()  # since the claim under way began, which may not know it
+        self.ailing: set[UUID] = set()  # failed in this run, so that a success has something to put right
+        self.notices: set[asyncio.Task[None]] = set()
         self.results: list[Outcome] = []
         self.result_arrived = asyncio.Event()
         self.set_is_full = asyncio.Event()
@@ -122,6 +140,8 @@ class DeliveryRun:
                 raise
             await self.finish_posts(self.left_s)
             await self.flush()
+            if self.notices:
+                await asyncio.wait(self.notices, timeout=max(self.left_s, 0.1))
             if self.broken is not None:
                 raise self.broken
         finally:
@@ -146,11 +166,15 @@ class DeliveryRun:
 
     async def advance(self) -> bool:
         """Claim and begin what can begin now, else wait for a change; return False when there is nothing left to do."""
-        # Small claims cost as much as large ones, so room for a quarter is waited for.
-        room = self.limit - len(self.held)
-        if monotonic() >= self.next_claim_at and room >= max(1, self.limit // 4):
+        # Small claims cost as much as large ones, so room for half a round is waited for.
+        room = 2 * self.limit - len(self.held)
+        if monotonic() >= self.next_claim_at and room >= max(1, self.limit // 2):
             claimed = await self.claim(min(room, CLAIM_LIMIT))
-            self.held.extend(claimed)
+            for one in claimed:
+                if one.claimed.endpoint_id in self.failed_meanwhile:
+                    self.put_back(one)
+                else:
+                    self.held.append(one)
             self.begin()
             if claimed:
                 return True
@@ -188,6 +212,7 @@ class DeliveryRun:
     async def claim(self, limit: int) -> list[Held]:
         """Take up to `limit` deliveries, ahead of the slots that are to come free."""
         begin_before = monotonic() + self.lease_s - self.write_s - self.timeout_s
+        self.failed_meanwhile.clear()
         claimed = await self.ctx.database.run(partial(self.claim_step, limit=limit))
         self.ctx.reach("claimed")
         if claimed:
@@ -200,7 +225,9 @@ class DeliveryRun:
     async def claim_step(self, conn: Connection, limit: int) -> list[tuple[Claimed, str]]:
         """Claim, and make the bodies of those that have none, in one transaction."""
         self.is_restricted = self.only_healthy or self.ctx.deadline.left_s < self.timeout_s + CUT_BEFORE_S
-        async with conn.transaction():
+        # In a pipeline the four statements of this transaction wait for PostgreSQL twice: each wait takes a turn of a
+        # loop that is busy posting, and so the claim, not the posts, would bound the rate.
+        async with conn.pipeline(), conn.transaction():
             claimed = await webhook_deliveries.claim_deliveries(
                 conn,
                 limit=limit,
@@ -208,6 +235,7 @@ class DeliveryRun:
                 lease_s=self.lease_s,
                 busy=self.busy,
                 only_healthy=self.is_restricted,
+                only=list(self.quick) if self.slow_posts >= self.slow_limit else None,
             )
             fresh = [(one.fresh, one.dialect) for one in claimed if one.fresh is not None]
             made = iter(await keep_bodies(conn, [one for one, _ in fresh], [dialect for _, dialect in fresh]))
@@ -215,18 +243,26 @@ class DeliveryRun:
 
     # ── post ──
 
+    @property
+    def slow_posts(self) -> int:
+        """Return how many posts are under way to endpoints that are not known to be quick."""
+        return sum(posts for endpoint_id, posts in self.flying.items() if endpoint_id not in self.quick)
+
     def begin(self) -> None:
         """Start what is held, in order, as far as there are slots, and its endpoint has one and has not just failed."""
         waiting: list[Held] = []
+        slow_posts = self.slow_posts
         while self.held and len(self.posts) < self.limit:
             one = self.held.popleft()
             endpoint_id = one.claimed.endpoint_id
             if endpoint_id in self.failed:
                 self.put_back(one)
                 continue
-            if self.flying[endpoint_id] >= self.per_endpoint:
+            is_slow = endpoint_id not in self.quick
+            if self.flying[endpoint_id] >= self.per_endpoint or (is_slow and slow_posts >= self.slow_limit):
                 waiting.append(one)
                 continue
+            slow_posts += is_slow
             task = asyncio.create_task(self.post(one))
             self.posts[task] = one.claimed
             self.flying[endpoint_id] += 1
@@ -258,7 +294,7 @@ class DeliveryRun:
             # It waited too long, or the process slept: another runner may hold the row by now.
             self.keep(unsent(one, sent_at))
             return
-        if one.attempts > max_attempts(one.schedule) + SPARE_ATTEMPTS:
+        if one.takeovers > MAX_TAKEOVERS:
             self.keep(exhausted(one, sent_at))
             return
         self.ctx.reach("posting")
@@ -280,6 +316,10 @@ class DeliveryRun:
         else:
             outcome = judge_reply(one, reply, sent_at, duration_ms=_ms_since(began), jitter=self.ctx.jitter)
         self.ctx.reach("posted")
+        if outcome.http_status is not None and outcome.duration_ms < QUICK_S * 1000:
+            self.quick.add(one.endpoint_id)
+        else:
+            self.quick.discard(one.endpoint_id)
         self.keep(outcome)
 
     async def finish_posts(self, seconds: float) -> None:
@@ -297,11 +337,15 @@ class DeliveryRun:
 
     def keep(self, outcome: Outcome) -> None:
         """Hand an outcome to the recorder."""
-        self.results.append(outcome)
-        self.result_arrived.set()
         if outcome.kind != "delivered":
             self.busy[outcome.endpoint_id] += 1
             self.failed[outcome.endpoint_id] += 1
+            self.failed_meanwhile.add(outcome.endpoint_id)
+            self.ailing.add(outcome.endpoint_id)
+        elif outcome.endpoint_id in self.ailing:
+            outcome = replace(outcome, is_healthy=False)
+        self.results.append(outcome)
+        self.result_arrived.set()
         if len(self.results) >= FLUSH_AT or outcome.is_gone:
             self.set_is_full.set()
 
@@ -330,7 +374,7 @@ class DeliveryRun:
                         _take_off(self.failed, outcome.endpoint_id)
                 self.tally(outcomes, recorded.lost)
                 for endpoint in recorded.disabled:
-                    await self.tell(endpoint)
+                    self.notices.add(asyncio.create_task(self.tell(endpoint)))
 
     async def record_while_leased(self, outcomes: list[Outcome]) -> webhook_attempts.Recorded:
         """Write the outcomes, again and again while PostgreSQL is away and the leases last.
@@ -392,25 +436,40 @@ def _ms_since(began: float) -> int:
 
 
 class Probe:
-    """The dispatcher's probe: looks for fresh deliveries each time, for repeats every REPEATS_EVERY_S."""
+    """The dispatcher's probe: looks for fresh deliveries each time, for repeats every REPEATS_EVERY_S.
+
+    With thousands of paused or resting endpoints a look takes long; then it looks less often, a tenth of the time.
+    """
 
     def __init__(self) -> None:
         self._repeats_at = 0.0
+        self._look_at = 0.0
 
     async def __call__(self, conn: Connection) -> list[str]:
         """Return one name when a claim made now would find something."""
-        with_repeats = monotonic() >= self._repeats_at
+        began = monotonic()
+        if began < self._look_at:
+            return []
+        with_repeats = began >= self._repeats_at
         if with_repeats:
-            self._repeats_at = monotonic() + REPEATS_EVERY_S
-        return ["deliveries"] if await webhook_deliveries.has_work(conn, with_repeats=with_repeats) else []
+            self._repeats_at = began + REPEATS_EVERY_S
+        is_found = await webhook_deliveries.has_work(conn, with_repeats=with_repeats)
+        self._look_at = monotonic() + 9 * max(monotonic() - began - PROBE_S, 0.0)
+        return ["deliveries"] if is_found else []
 
 
 async def work(ctx: JobContext, names: Sequence[str]) -> tuple[Counter[str], bool]:
-    """Deliver what is due: the dispatcher's work."""
-    return await DeliveryRun(ctx).drain()
+    """Deliver what is due: the dispatcher's work.
+
+    What came while the run ended is no sign that the run was stopped: the next probe finds it.
+    """
+    counts, _ = await DeliveryRun(ctx).drain()
+    return counts, False
 
 
 async def deliver_after(ctx: JobContext) -> None:
     """Deliver at the end of another job's run what it has just made, to endpoints in good health."""
+    if ctx.job == JOB:
+        return
     if await ctx.database.run(webhook_deliveries.has_work):
         await DeliveryRun(ctx, only_healthy=True).drain()

@@ -30,6 +30,7 @@ def judge_reply(
         sent_at=sent_at,
         duration_ms=duration_ms,
         is_healthy=one.is_healthy,
+        url=one.url,
         http_status=reply.status,
         response=reply.body,
     )
@@ -60,6 +61,7 @@ def judge_error(
         one.is_healthy,
         error=str(error)[:MAX_ERROR],
         wait_s=wait_s or 0.0,
+        url=one.url,
     )
 
 
@@ -67,7 +69,15 @@ def cut(one: Claimed, sent_at: datetime, *, duration_ms: int) -> Outcome:
     """Return the outcome of an attempt that we broke off because the run ended."""
     error = f"broken off after {duration_ms} ms: the run ended"
     return Outcome(
-        one.endpoint_id, one.event_id, one.claim_id, "cut", sent_at, duration_ms, one.is_healthy, error=error
+        one.endpoint_id,
+        one.event_id,
+        one.claim_id,
+        "cut",
+        sent_at,
+        duration_ms,
+        one.is_healthy,
+        error=error,
+        url=one.url,
     )
 
 
@@ -95,8 +105,8 @@ def unsent(one: Claimed, at: datetime) -> Outcome:
 
 
 def exhausted(one: Claimed, at: datetime) -> Outcome:
-    """Return the outcome of a delivery whose attempts were all begun, by runners that died of it as it seems."""
-    error = f"attempts exhausted: {one.attempts - 1} were begun"
+    """Return the outcome of a delivery that runner after runner died of, as it seems."""
+    error = f"attempts exhausted: {one.takeovers} runners died while they held it"
     return Outcome(
         one.endpoint_id,
         one.event_id,

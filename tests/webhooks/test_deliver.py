@@ -190,16 +190,16 @@ async def test_a_slow_endpoint_does_not_hold_up_the_others(desk: Desk) -> None:
 
 
 async def test_a_run_that_ends_breaks_off_and_posts_again(desk: Desk) -> None:
-    """What is under way at the deadline counts as no attempt; the endpoint is then tried with its whole time."""
+    """What is under way at the deadline counts as no attempt; the next run begins with it, in the time it has."""
     endpoint = desk.add_endpoint("/delay/1")
     await desk.tell()
     counts = await desk.deliver(deadline_s=2.2, webhook_timeout_s=3)
     assert (counts["claimed"], counts["retried"]) == (1, 1)
     assert desk.ask("SELECT state, attempts, claim_id FROM webhook_deliveries") == [("pending", 0, None)]
     assert desk.ask("SELECT failures FROM webhook_endpoints WHERE id = %s", endpoint) == [1]
-    assert (await desk.run_job(deadline_s=3.5, webhook_timeout_s=3)).more
-    assert len(desk.receiver.requests) == 1
-    assert (await desk.deliver(webhook_timeout_s=3))["delivered"] == 1
+    assert desk.ask("SELECT first_failing_at FROM webhook_endpoints WHERE id = %s", endpoint) == [None]
+    assert (await desk.run_job(deadline_s=3.5, webhook_timeout_s=3)).counts["delivered"] == 1
+    assert len(desk.receiver.requests) == 2
 
 
 async def test_a_lease_that_ran_out_is_claimed_again_and_the_late_writer_is_fenced(desk: Desk) -> None:

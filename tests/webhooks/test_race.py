@@ -313,7 +313,7 @@ async def test_whatever_happens_at_once_ends_told_once_and_numbered(desk: Desk, 
         elif name == "run":
             await desk.deliver(offset=chance.choice(["", "2 s", "4 s"]), webhook_endpoint_concurrency=3)
         elif name == "job":
-            await fail_closed(desk.context())
+            await fail_closed(desk.context(), seconds=10)
         else:
             async with desk.database.connection() as conn, conn.transaction():
                 await conn.execute(LOCK_ENDPOINT, [endpoint])
