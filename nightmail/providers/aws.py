@@ -40,11 +40,9 @@ from botocore.config import Config
 
 from nightmail.clock import monotonic
 from nightmail.errors import InDoubt, NotConfigured, Permanent, ProviderError, Retryable, Throttled
+from nightmail.rules.provider_events import MESSAGE_HEADER
 
-__all__ = ["MESSAGE_TAG", "BoundedCalls", "aws_config", "aws_session", "outcome_of", "read_message_id"]
-
-MESSAGE_TAG = "nightmail_message"
-"""EmailTag and SMS Context key that carries our message id, and comes back in provider events."""
+__all__ = ["BoundedCalls", "aws_config", "aws_session", "outcome_of", "read_message_id"]
 
 CONNECT_TIMEOUT_S = 2.0  # an endpoint that has not answered a SYN by then is away; the claim loop tries again
 PARK_S = 600.0  # AWS advises up to 10 minutes for a used-up daily quota; nobody resumes an account faster
@@ -198,7 +196,7 @@ class BoundedCalls:
         ticket: _Ticket = self._current.ticket
         # AWS ignores headers it does not know; ours makes a request traceable where the API has no tags
         # (SNS).
-        params["headers"]["X-Nightmail-Message"] = ticket.message_id
+        params["headers"][MESSAGE_HEADER] = ticket.message_id
         context["read_timeout"] = max(0.05, ticket.deadline - monotonic())
 
     def _before_send(self, **_: Any) -> None:

@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from nightmail.ports import Accepted, OutgoingSms
-from nightmail.providers.aws import MESSAGE_TAG, BoundedCalls, aws_config, aws_session, read_message_id
+from nightmail.providers.aws import BoundedCalls, aws_config, aws_session, read_message_id
+from nightmail.rules.provider_events import MESSAGE_TAG
 
 if TYPE_CHECKING:
     from types_boto3_pinpoint_sms_voice_v2.type_defs import SendTextMessageRequestTypeDef

@@ -32,9 +32,9 @@ import idna
 from nightmail import clock
 from nightmail.errors import Permanent
 from nightmail.ports import Attachment, OutgoingEmail
+from nightmail.rules.provider_events import MESSAGE_HEADER
 
 __all__ = [
-    "MESSAGE_HEADER",
     "Mailbox",
     "MimeMessage",
     "build_mime",
@@ -45,9 +45,6 @@ __all__ = [
 
 # Encoding this much takes some 10 ms; more of it belongs in a thread, off the event loop.
 LARGE_BYTES = 256_000
-
-MESSAGE_HEADER = "X-Nightmail-Message"
-"""Carries our message id to the recipient's copy and back in events and bounces."""
 
 _LINE = 76  # RFC 5322 recommends 78 with CRLF
 _LINE_MAX = 998  # RFC 5322 2.1.1: longer lines are cut or refused by relays

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from nightmail.errors import Permanent
 from nightmail.ports import Accepted, OutgoingEmail
-from nightmail.providers.aws import MESSAGE_TAG, BoundedCalls, aws_config, aws_session, read_message_id
+from nightmail.providers.aws import BoundedCalls, aws_config, aws_session, read_message_id
 from nightmail.providers.mime import Mailbox, MimeMessage, encode_mime
+from nightmail.rules.provider_events import MESSAGE_TAG
 
 if TYPE_CHECKING:
     from types_boto3_sesv2.type_defs import MessageTagTypeDef, SendEmailRequestTypeDef

@@ -36,9 +36,9 @@ from nightmail.rules.messages import State
 
 Kind = Literal["accepted", "delivered", "delayed", "bounced", "complained", "failed", "opened", "clicked"]
 
-# Carried by every message we send: EmailTags and Context, and a header (providers/aws.py, providers/mime.py).
+# Carry our message id in every message we send, and back in events: the first in EmailTags and Context.
 MESSAGE_TAG = "nightmail_message"
-MESSAGE_HEADER = "x-nightmail-message"
+MESSAGE_HEADER = "X-Nightmail-Message"
 # Longer than anything a provider says that is worth keeping; links may be long.
 MAX_TEXT = 500
 MAX_LINK = 2048
@@ -311,7 +311,7 @@ def _message_of(mail: _Mail) -> UUID | None:
         if found is not None:
             return found
     for header in mail.headers or ():
-        if header.name.lower() == MESSAGE_HEADER:
+        if header.name.lower() == MESSAGE_HEADER.lower():
             return parse_message_id(header.value.strip())
     return None
 

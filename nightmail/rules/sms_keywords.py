@@ -89,22 +89,22 @@ def read_action(text: str) -> Action | None:
 
 def choose_orgs(
     senders: Sequence[tuple[UUID, str]], number: str, default_sender: str | None
-) -> tuple[frozenset[UUID], frozenset[UUID]]:
+) -> tuple[UUID | None, frozenset[UUID]]:
     """Return (whom to tell, whose messages a keyword is about) of the orgs that wrote to the person.
 
-    `senders` are (org, origination identity of a message of it); '' was the default, None lets the provider choose. Who
-    wrote from this very number is told alone: what a person writes is not for others. A pool or the provider's choice
-    may have been this number or not; such an org is told when nobody else is, and a STOP always counts for it: sending
-    on after a STOP is worse than stopping too much.
+    `senders` are (org, origination identity of a message of it), newest first; '' was the default, None lets the
+    provider choose. Who wrote last from this very number is told, and nobody else: what a person writes is not for
+    others. A pool or the provider's choice may have been this number or not; such an org is told when nobody wrote from
+    the number itself. A STOP counts for all of them: sending on after a STOP is worse than stopping too much.
     """
-    exact, possible = set(), set()
+    exact, possible = [], []
     for org_id, sender in senders:
         identity = sender or default_sender
         if identity == number:
-            exact.add(org_id)
+            exact.append(org_id)
         elif identity is None or identity.startswith(("arn:", "pool-", "phone-")):
-            possible.add(org_id)
-    return frozenset(exact or possible), frozenset(exact | possible)
+            possible.append(org_id)
+    return next(iter(exact + possible), None), frozenset(exact + possible)
 
 
 def _bare(text: str) -> str:

@@ -91,8 +91,8 @@ def read_envelope(value: Any) -> Envelope:
         signature=_read_signature(_text(value, "Signature")),
         signature_version=_text(value, "SignatureVersion"),
         certificate_url=_text(value, "SigningCertURL"),
-        subject=None if value.get("Subject") is None else _text(value, "Subject"),
-        token=_text(value, "Token") if is_confirmation else "",
+        subject=None if value.get("Subject") is None else _line(value, "Subject"),
+        token=_line(value, "Token") if is_confirmation else "",
         subscribe_url=_text(value, "SubscribeURL") if is_confirmation else "",
     )
 
@@ -101,6 +101,14 @@ def _text(value: Mapping[str, Any], name: str) -> str:
     found = value.get(name)
     if not isinstance(found, str):
         raise BadEnvelope(f"{name} is missing or not a string")
+    return found
+
+
+def _line(value: Mapping[str, Any], name: str) -> str:
+    """Return a text without line ends: with them, the text that is signed could be cut into other fields."""
+    found = _text(value, name)
+    if not found.isprintable():
+        raise BadEnvelope(f"{name} holds characters that cannot be printed")
     return found
 
 
@@ -137,9 +145,17 @@ def is_sns_url(url: str) -> bool:
     )
 
 
-def is_certificate_url(url: str) -> bool:
-    """Return whether a certificate of SNS may be fetched from the URL."""
-    return is_sns_url(url) and urlsplit(url).path.endswith(".pem") and not urlsplit(url).query
+def is_certificate_url(url: str, *, region: str) -> bool:
+    """Return whether a certificate of SNS in the region may be fetched from the URL."""
+    if not is_sns_url(url):
+        return False
+    parts = urlsplit(url)
+    return parts.netloc.split(".")[1] == region and parts.path.endswith(".pem") and not parts.query
+
+
+def _region(topic_arn: str) -> str:
+    """Return the region of arn:partition:sns:region:account:name, '' when there is none."""
+    return (topic_arn.split(":") + [""] * 4)[3]
 
 
 def check_envelope(envelope: Envelope, *, topics: tuple[str, ...], now: datetime) -> None:
@@ -150,8 +166,8 @@ def check_envelope(envelope: Envelope, *, topics: tuple[str, ...], now: datetime
         raise NotTrusted("the Timestamp is more than 24 hours old or more than 15 minutes ahead")
     if envelope.signature_version not in ("1", "2"):
         raise NotTrusted("the SignatureVersion is neither 1 nor 2")
-    if not is_certificate_url(envelope.certificate_url):
-        raise NotTrusted("the SigningCertURL is not one of Amazon SNS")
+    if not is_certificate_url(envelope.certificate_url, region=_region(envelope.topic_arn)):
+        raise NotTrusted("the SigningCertURL is not one of Amazon SNS in the topic's region")
     if envelope.kind == "SubscriptionConfirmation" and not is_sns_url(envelope.subscribe_url):
         raise NotTrusted("the SubscribeURL is not one of Amazon SNS")
 

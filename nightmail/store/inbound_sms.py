@@ -26,10 +26,10 @@ LOCK_CLASS = 1_853_451_635
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What came of an SMS: how many orgs were told, and the id of the reply."""
+    """What came of an SMS: the org that was told, and the id of the reply."""
 
     outcome: Literal["received", "repeated"]
-    orgs: int = 0
+    org_id: UUID | None = None
     reply_id: UUID | None = None
 
 
@@ -51,43 +51,40 @@ async def receive_sms(
     default_sender: str | None,
     with_replies: bool,
 ) -> Received:
-    """Store an SMS once, tell the orgs it concerns, do what its keyword asks, and answer a keyword."""
+    """Store an SMS once, tell the org it answers, do what its keyword asks, and answer a keyword."""
     async with conn.transaction():
         if not await remember_notification(conn, message_id=notification_id, topic_arn=topic_arn):
             return Received("repeated")
-        is_answered, is_stopped = await _lock_pair(conn, sms)
+        is_answered = await _lock_pair(conn, sms)
         related = await _list_related(conn, sms)
-        senders = [(row.org_id, row.sender) for row in related]
-        told, meant = choose_orgs(senders, sms.recipient, default_sender)
-        latest = {row.org_id: row.message_id for row in sorted(related, key=lambda row: row.message_id)}
-        is_own = sms.sender in (sms.recipient, default_sender)
-        may_reply = with_replies and bool(told) and not is_answered and not is_own
-        reply_id = new_id() if may_reply and sms.action and (is_stopped or not sms.is_yes) else None
-        if not await _insert(conn, sms, sorted(told), reply_id):
+        told, meant = choose_orgs([(row.org_id, row.sender) for row in related], sms.recipient, default_sender)
+        latest = {row.org_id: row.message_id for row in reversed(related)}
+        reply_id = None
+        if with_replies and told is not None and sms.action is not None and not is_answered:
+            is_own = sms.sender in (sms.recipient, default_sender)
+            reply_id = new_id() if not is_own and await _may_reply(conn, sms, told, meant) else None
+        if not await _insert(conn, sms, [] if told is None else [told], reply_id):
             return Received("repeated")
-        facts = [
-            Fact(
-                org_id,
-                "live",
-                "inbound.sms",
-                data={
-                    "from": sms.sender,
-                    "to": sms.recipient,
-                    "body": sms.body,
-                    "keyword": sms.keyword,
-                    "inbound_id": sms.inbound_id,
-                },
-            )
-            for org_id in sorted(told)
-        ]
+        facts = [] if told is None else [_received(sms, told)]
         if sms.action == "stop":
             facts += await _stop(conn, sms, {org_id: latest[org_id] for org_id in sorted(meant)})
         elif sms.action == "start":
             await lift_stop(conn, org_ids=sorted(meant), number=sms.sender, actor=ACTOR)
-        if reply_id is not None:
-            await _reply(conn, sms, reply_id, org_id=max(told, key=lambda org_id: latest[org_id]))
+        if reply_id is not None and told is not None:
+            await _reply(conn, sms, reply_id, org_id=told)
         await fan_out(conn, facts)
-    return Received("received", len(told), reply_id)
+    return Received("received", told, reply_id)
+
+
+def _received(sms: InboundSms, org_id: UUID) -> Fact:
+    data = {
+        "from": sms.sender,
+        "to": sms.recipient,
+        "body": sms.body,
+        "keyword": sms.keyword,
+        "inbound_id": sms.inbound_id,
+    }
+    return Fact(org_id, "live", "inbound.sms", data=data)
 
 
 # Two keywords of one person at once take turns, so that they get one reply and not two. A statement of its own: the
@@ -97,60 +94,115 @@ SELECT pg_advisory_xact_lock(%(class)s, hashtext(%(sender)s::text || '/' || %(re
 """
 
 # One reply an hour per person, number and keyword: two machines that answer each other stop after one round.
-HISTORY = """
+IS_ANSWERED = """
 SELECT EXISTS (
-           SELECT
-           FROM inbound_sms
-           WHERE from_number = %(sender)s
-             AND to_number = %(recipient)s
-             AND action = %(action)s
-             AND reply_message_id IS NOT NULL
-             AND received_at > nm_now() - interval '1 hour'
-       ),
-       EXISTS (
-           SELECT
-           FROM suppressions
-           WHERE env = 'live'
-             AND channel = 'sms'
-             AND address = %(sender)s
-             AND origin = 'stop'
-             AND org_id IN (
-                 SELECT org_id
-                 FROM messages
-                 WHERE channel = 'sms'
-                   AND addresses[1] = %(sender)s
-             )
-       )
+    SELECT
+    FROM inbound_sms
+    WHERE from_number = %(sender)s
+      AND to_number = %(recipient)s
+      AND action = %(action)s
+      AND reply_message_id IS NOT NULL
+      AND received_at > nm_now() - interval '1 hour'
+)
 """
 
 
-async def _lock_pair(conn: Connection, sms: InboundSms) -> tuple[bool, bool]:
-    """Return whether this keyword was answered within the hour, and whether the person has stopped somebody."""
+async def _lock_pair(conn: Connection, sms: InboundSms) -> bool:
+    """Return whether this keyword was answered within the hour."""
     arguments = {"class": LOCK_CLASS, "sender": sms.sender, "recipient": sms.recipient, "action": sms.action}
     await conn.execute(LOCK_PAIR, arguments)
-    cursor = await conn.execute(HISTORY, arguments)
-    is_answered, is_stopped = await cursor.fetchone() or (False, False)
-    return is_answered, is_stopped
+    cursor = await conn.execute(IS_ANSWERED, arguments)
+    row = await cursor.fetchone()
+    return bool(row and row[0])
 
 
-# Through messages_sms_recipient. What is only scheduled has not reached the person; what is in flight may have.
+# What an operator suppressed gets no answer either: the gate would cancel it.
+MAY_REPLY = """
+SELECT coalesce(bool_or(origin = 'stop'), false) OR NOT %(is_yes)s,
+       coalesce(bool_or(org_id = %(told)s AND origin <> 'stop'), false)
+FROM suppressions
+WHERE org_id = ANY (%(meant)s)
+  AND env = 'live'
+  AND channel = 'sms'
+  AND address = %(sender)s
+"""
+
+
+async def _may_reply(conn: Connection, sms: InboundSms, told: UUID, meant: frozenset[UUID]) -> bool:
+    """Return whether the org may answer the keyword; a mere yes is one only of who has stopped an org meant by it."""
+    cursor = await conn.execute(
+        MAY_REPLY, {"told": told, "meant": sorted(meant), "sender": sms.sender, "is_yes": sms.is_yes}
+    )
+    is_keyword, is_suppressed = await cursor.fetchone() or (False, False)
+    return is_keyword and not is_suppressed
+
+
+# Of each org the newest messages to a person: who answers, answers one of these. An org that has since written this
+# many from other numbers is not found, and no history is too long to look at.
+NEWEST_OF_ORG = 300
+
+# From org to org through messages_sms_recipient, and in each from the newest message back; what cannot be in the index
+# is left out after the LIMIT, so that it bounds what is read. What is only scheduled has not reached the person; what
+# is in flight, or was given up after a call in doubt, may have.
 RELATED = """
-SELECT DISTINCT ON (m.org_id, m.sender) m.org_id, m.sender, m.id
-FROM messages AS m
-WHERE m.channel = 'sms'
-  AND m.addresses[1] = %(sender)s
-  AND m.env = 'live'
-  AND m.purpose = 'message'
-  AND (
-      m.state NOT IN ('scheduled', 'canceled', 'failed')
-      OR EXISTS (SELECT FROM message_queue AS q WHERE q.message_id = m.id AND q.intent_at IS NOT NULL)
-  )
-ORDER BY m.org_id, m.sender, m.id DESC
+WITH RECURSIVE org AS (
+    (
+        SELECT m.org_id
+        FROM messages AS m
+        WHERE m.channel = 'sms'
+          AND m.env = 'live'
+          AND m.addresses[1] = %(sender)s
+        ORDER BY m.org_id
+        LIMIT 1
+    )
+    UNION ALL
+    SELECT following.org_id
+    FROM org
+    CROSS JOIN LATERAL (
+        SELECT m.org_id
+        FROM messages AS m
+        WHERE m.channel = 'sms'
+          AND m.env = 'live'
+          AND m.addresses[1] = %(sender)s
+          AND m.org_id > org.org_id
+        ORDER BY m.org_id
+        LIMIT 1
+    ) AS following
+), latest AS (
+    SELECT DISTINCT ON (m.org_id, m.sender) m.org_id, m.sender, m.id
+    FROM org
+    CROSS JOIN LATERAL (
+        SELECT n.id, n.org_id, n.sender, n.state, n.reason, n.purpose
+        FROM messages AS n
+        WHERE n.channel = 'sms'
+          AND n.env = 'live'
+          AND n.addresses[1] = %(sender)s
+          AND n.org_id = org.org_id
+        ORDER BY n.id DESC
+        LIMIT %(newest)s
+    ) AS m
+    WHERE m.purpose = 'message'
+      AND (
+          m.state NOT IN ('scheduled', 'canceled', 'failed')
+          OR m.reason = 'attempts exhausted'
+          OR EXISTS (
+              SELECT
+              FROM message_queue AS q
+              WHERE q.message_id = m.id
+                AND (q.intent_at IS NOT NULL OR q.takeovers > 0)
+          )
+      )
+    ORDER BY m.org_id, m.sender, m.id DESC
+)
+SELECT org_id, sender, id
+FROM latest
+ORDER BY id DESC
 """
 
 
 async def _list_related(conn: Connection, sms: InboundSms) -> list[_Related]:
-    cursor = await conn.execute(RELATED, {"sender": sms.sender})
+    """Return the newest message of each org and identity to the person, newest first."""
+    cursor = await conn.execute(RELATED, {"sender": sms.sender, "newest": NEWEST_OF_ORG})
     return [_Related(*row) for row in await cursor.fetchall()]
 
 

@@ -1,7 +1,8 @@
 """Suppressions that recipients and their servers ask for: bounce, complaint, STOP, unsubscribe, and START.
 
-Part of the transaction that learned of it; rows are locked in key order. An operator's own suppression is never changed
-from outside, and a stronger wish replaces a weaker one, so that the order of reports does not matter.
+Part of the transaction that learned of it; rows are locked in key order. A stronger wish replaces a weaker one, so that
+the order of reports does not matter. An operator's own suppression stays `manual` whatever comes; its reason then tells
+of each kind of wish, as in `asked by phone [stop: wrote STOP]`, so that whoever lifts it knows what the person wants.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from nightmail.store.suppressions import Origin
 # From a guess of machines to what a person said to the mailbox provider. `manual` and `stop` are not among them: no
 # wish replaces those, and they replace none.
 STRENGTH: tuple[Origin, ...] = ("bounce", "unsubscribe", "complaint")
+# Of a wish's reason, in the reason of a suppression that it does not replace.
+MAX_TRACE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class Wish:
     reason: str | None = None
 
 
-# A change is written down in the audit log, a repetition is not.
+# A change is written down in the audit log, a repetition is not. Brackets are taken out of the wish's own words: no
+# text of a remote server can look like the trace of another kind.
 SUPPRESS = """
 WITH wish AS MATERIALIZED (
     SELECT *
@@ -39,26 +43,41 @@ WITH wish AS MATERIALIZED (
         %(ids)s::uuid[], %(org_ids)s::uuid[], %(envs)s::text[], %(channels)s::text[], %(addresses)s::text[],
         %(origins)s::text[], %(reasons)s::text[]
     ) AS w (id, org_id, env, channel, address, origin, reason)
-), added AS (
+), changed AS (
     INSERT INTO suppressions AS s (id, org_id, env, channel, address, origin, reason)
     SELECT id, org_id, env, channel, address, origin, reason
     FROM wish
     ORDER BY org_id, env, channel, address
     ON CONFLICT (org_id, env, channel, address) DO UPDATE
-    SET origin = excluded.origin,
-        reason = excluded.reason
-    WHERE array_position(%(strength)s::text[], excluded.origin) > array_position(%(strength)s::text[], s.origin)
-    RETURNING s.id, s.org_id, s.channel, s.address, s.origin
+    SET origin = CASE WHEN s.origin = ANY (%(strength)s::text[]) THEN excluded.origin ELSE s.origin END,
+        reason = CASE
+            WHEN s.origin = ANY (%(strength)s::text[]) THEN excluded.reason
+            ELSE concat_ws(
+                ' ',
+                s.reason,
+                concat('[', excluded.origin, ': ', translate(left(excluded.reason, %(max_trace)s), '[]', '()'), ']')
+            )
+        END
+    WHERE CASE
+        WHEN s.origin = ANY (%(strength)s::text[])
+            THEN array_position(%(strength)s::text[], excluded.origin) > array_position(%(strength)s::text[], s.origin)
+        ELSE excluded.origin <> s.origin
+             AND position(concat('[', excluded.origin, ': ') IN coalesce(s.reason, '')) = 0
+    END
+    RETURNING s.id, s.org_id, s.env, s.channel, s.address, s.origin
 )
 INSERT INTO audit_logs (id, actor, action, org_id, target, detail)
-SELECT nm_uuid7(), %(actor)s, 'suppression.added', org_id, id::text,
-       jsonb_build_object('channel', channel, 'addresses', jsonb_build_array(address), 'origin', origin)
-FROM added
+SELECT nm_uuid7(), %(actor)s,
+       CASE c.origin WHEN w.origin THEN 'suppression.added' ELSE 'suppression.noted' END,
+       c.org_id, c.id::text,
+       jsonb_build_object('channel', c.channel, 'addresses', jsonb_build_array(c.address), 'origin', w.origin)
+FROM changed AS c
+JOIN wish AS w USING (org_id, env, channel, address)
 """
 
 
 async def suppress_recipients(conn: Connection, wishes: Sequence[Wish], *, actor: str) -> int:
-    """Suppress the recipients, each once; return how many were not suppressed as strongly before."""
+    """Suppress the recipients, each once; return how many suppressions were added, replaced, or told of the wish."""
     strongest: dict[tuple[UUID, str, str, str], Wish] = {}
     for wish in wishes:
         key = (wish.org_id, wish.env, wish.channel, wish.address)
@@ -73,6 +92,7 @@ async def suppress_recipients(conn: Connection, wishes: Sequence[Wish], *, actor
         {
             "actor": actor,
             "strength": list(STRENGTH),
+            "max_trace": MAX_TRACE,
             "ids": [new_id() for _ in distinct],
             "org_ids": [wish.org_id for wish in distinct],
             "envs": [wish.env for wish in distinct],
@@ -89,31 +109,39 @@ def _strength(origin: Origin) -> int:
     return STRENGTH.index(origin) if origin in STRENGTH else -1
 
 
+# Under an operator's suppression the trace of the STOP goes, and the suppression stays.
 LIFT_STOP = """
 WITH stopped AS MATERIALIZED (
-    SELECT id
+    SELECT id, origin
     FROM suppressions
     WHERE org_id = ANY (%(org_ids)s)
       AND env = 'live'
       AND channel = 'sms'
       AND address = %(number)s
-      AND origin = 'stop'
+      AND (origin = 'stop' OR position('[stop: ' IN reason) > 0)
     ORDER BY org_id
     FOR UPDATE
 ), lifted AS (
     DELETE FROM suppressions AS s
     USING stopped
     WHERE s.id = stopped.id
-    RETURNING s.id, s.org_id, s.address
+      AND stopped.origin = 'stop'
+    RETURNING s.id, s.org_id, 'suppression.removed' AS action, 'stop' AS origin
+), cleared AS (
+    UPDATE suppressions AS s
+    SET reason = nullif(ltrim(regexp_replace(s.reason, ' ?\\[stop: [^]]*\\]', '')), '')
+    FROM stopped
+    WHERE s.id = stopped.id
+      AND stopped.origin <> 'stop'
+    RETURNING s.id, s.org_id, 'suppression.noted' AS action, 'start' AS origin
 )
 INSERT INTO audit_logs (id, actor, action, org_id, target, detail)
-SELECT nm_uuid7(), %(actor)s, 'suppression.removed', org_id, id::text,
-       jsonb_build_object('channel', 'sms', 'addresses', jsonb_build_array(address), 'origin', 'stop')
-FROM lifted
+SELECT nm_uuid7(), %(actor)s, action, org_id, id::text,
+       jsonb_build_object('channel', 'sms', 'addresses', jsonb_build_array(%(number)s::text), 'origin', origin)
+FROM (SELECT * FROM lifted UNION ALL SELECT * FROM cleared) AS changed
 """
 
 
-async def lift_stop(conn: Connection, *, org_ids: Sequence[UUID], number: str, actor: str) -> int:
-    """Lift what a STOP of this number suppressed, and nothing else; return how many orgs may write again."""
-    cursor = await conn.execute(LIFT_STOP, {"org_ids": list(org_ids), "number": number, "actor": actor})
-    return cursor.rowcount
+async def lift_stop(conn: Connection, *, org_ids: Sequence[UUID], number: str, actor: str) -> None:
+    """Lift what a STOP of this number suppressed, or left behind in a reason, and nothing else."""
+    await conn.execute(LIFT_STOP, {"org_ids": list(org_ids), "number": number, "actor": actor})

@@ -2,7 +2,8 @@
 
 Refused as malformed (400): invalid UTF-8, a byte order mark, NaN and Infinity, a name twice in one object, anything
 RFC 8259 does not allow. Refused as unusable (422): numbers beyond a double, NUL and lone surrogates (PostgreSQL cannot
-store them), nesting deeper than MAX_DEPTH.
+store them), nesting deeper than MAX_DEPTH. With `clean` the characters are replaced instead: for what a signature
+vouches for, but whose texts come from strangers.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ OFF_LOOP_BYTES = 262_144
 BUDGET_BYTES = 256_000_000
 
 _HIDDEN = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class BodyBudget:
@@ -98,15 +100,15 @@ def _over(limit: int) -> Problem:
     return too_large(f"The request body must not be larger than {limit} bytes.")
 
 
-async def parse_json(raw: bytes) -> Any:
+async def parse_json(raw: bytes, *, clean: bool = False) -> Any:
     """Return the value of a strict JSON text. Raises Problem."""
     if len(raw) > OFF_LOOP_BYTES:
-        return await asyncio.to_thread(read_json, raw)
-    return read_json(raw)
+        return await asyncio.to_thread(read_json, raw, clean=clean)
+    return read_json(raw, clean=clean)
 
 
-def read_json(raw: bytes) -> Any:
-    """Return the value of a strict JSON text. Raises Problem."""
+def read_json(raw: bytes, *, clean: bool = False) -> Any:
+    """Return the value of a strict JSON text; `clean` puts U+FFFD for what cannot be stored. Raises Problem."""
     try:
         value = json.loads(
             raw.decode("utf-8"),
@@ -117,10 +119,12 @@ def read_json(raw: bytes) -> Any:
     except UnicodeDecodeError:
         raise malformed("it is not valid UTF-8") from None
     except RecursionError:
-        raise invalid(f"The request body must not be nested deeper than {MAX_DEPTH} levels.") from None
+        raise _too_deep() from None
     except ValueError as error:
         raise malformed(str(error)) from None
     hides = _HIDDEN.search(raw) is not None
+    if hides and clean:
+        return _cleaned(value, MAX_DEPTH)
     if hides or raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
         _check(value, MAX_DEPTH)
     return value
@@ -158,7 +162,7 @@ def _check(value: Any, depth: int) -> None:
             raise invalid("The request body must not contain unpaired surrogates.")
     elif isinstance(value, (dict, list)):
         if depth == 0:
-            raise invalid(f"The request body must not be nested deeper than {MAX_DEPTH} levels.")
+            raise _too_deep()
         if isinstance(value, dict):
             for name, item in value.items():
                 _check(name, depth)
@@ -170,6 +174,23 @@ def _check(value: Any, depth: int) -> None:
             # Byte arrays have millions of items, none of which needs a look; strings among them are still found.
             for item in filter(_is_not_number, value):
                 _check(item, depth - 1)
+
+
+def _cleaned(value: Any, depth: int) -> Any:
+    """Return the value with U+FFFD for what no column can hold. Raises Problem when it is nested too deep."""
+    if isinstance(value, str):
+        return _UNSTORABLE.sub("\ufffd", value)
+    if not isinstance(value, (dict, list)):
+        return value
+    if depth == 0:
+        raise _too_deep()
+    if isinstance(value, list):
+        return [_cleaned(item, depth - 1) for item in value]
+    return {_cleaned(name, depth): _cleaned(item, depth - 1) for name, item in value.items()}
+
+
+def _too_deep() -> Problem:
+    return invalid(f"The request body must not be nested deeper than {MAX_DEPTH} levels.")
 
 
 def _is_not_number(item: Any) -> bool:

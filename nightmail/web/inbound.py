@@ -2,19 +2,22 @@
 
 Nobody signs in here; a message is believed for its signature alone. In order, and nothing is fetched or written for
 what fails a check: method → topics configured → body (counted, parsed) → envelope → topic, time and hosts →
-certificate → signature → payload → one transaction.
+certificate → signature → payload → one transaction. SNS repeats after a 5xx and gives up after a 4xx, so what may go
+better another time is a 503, and what is signed is not refused for odd characters in the words of strangers.
 
 | status | meaning |
 | --- | --- |
 | 200 | {"outcome": …}: applied, repeated (seen before), unknown (no message of ours), ignored, confirmed, received |
-| 400, 408, 413, 422 | {"error"}: not what SNS sends |
+| 400, 413, 422 | {"error"}: not what SNS sends |
 | 403 | {"error"}: not configured, or not to be believed |
 | 405 | {"error":"Method Not Allowed"} |
-| 503 | {"error"}: the certificate or the database cannot be reached now; SNS tries again |
+| 503 | {"error"}: the certificate or the database cannot be reached now, or the body came too slowly; SNS tries again |
 """
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -44,6 +47,9 @@ Source = Literal["ses", "sms"]
 
 # SNS changes its certificate about once a year and names it in every message.
 CERTIFICATE_LIFE_S = 4 * 3600.0
+# One that cannot be fetched again is used on for this long in all, and its next fetch tried after a while.
+CERTIFICATE_STALE_S = 24 * 3600.0
+REFETCH_S = 60.0
 MAX_CERTIFICATES = 16
 RETRY_AFTER: Header = (b"retry-after", b"30")
 # What SES posts in plain text when somebody connects the topic.
@@ -70,23 +76,53 @@ class _Refused(Exception):
         self.reply = Reply(InboundRefusal(error), status, headers)
 
 
+@dataclass(slots=True)
+class _Held:
+    """A certificate, when it was fetched, and when it is to be fetched again."""
+
+    certificate: x509.Certificate
+    fetched_at: float
+    due_at: float
+
+
 class Certificates:
-    """Certificates of SNS by their URL, few and for a few hours."""
+    """Certificates of SNS by their URL, few and for a few hours; each is fetched once, however many wait for it."""
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[x509.Certificate, float]] = {}
+        self._held: dict[str, _Held] = {}
+        self._fetches: dict[str, asyncio.Task[x509.Certificate]] = {}
 
     async def get(self, host: SnsHost, url: str) -> x509.Certificate:
         """Return the certificate at an URL that has been checked. Raises ProviderError or NotTrusted."""
-        certificate, fetched_at = self._held.get(url, (None, 0.0))
-        if certificate is not None and clock.monotonic() - fetched_at < CERTIFICATE_LIFE_S:
-            return certificate
-        certificate = sns.load_certificate(await host.fetch_certificate(url))
+        held = self._held.get(url)
+        if held is not None and clock.monotonic() < held.due_at:
+            return held.certificate
+        fetch = self._fetches.get(url)
+        if fetch is None:
+            fetch = self._fetches[url] = asyncio.create_task(self._fetch(host, url))
+            fetch.add_done_callback(partial(self._forget, url))
+        return await asyncio.shield(fetch)  # who gives up waiting leaves it to the others
+
+    async def _fetch(self, host: SnsHost, url: str) -> x509.Certificate:
+        try:
+            certificate = sns.load_certificate(await host.fetch_certificate(url))
+        except (ProviderError, NotTrusted):
+            held, now = self._held.get(url), clock.monotonic()
+            if held is None or now - held.fetched_at >= CERTIFICATE_STALE_S:
+                raise
+            held.due_at = now + REFETCH_S
+            return held.certificate
+        now = clock.monotonic()
         self._held.pop(url, None)
         if len(self._held) >= MAX_CERTIFICATES:
             del self._held[next(iter(self._held))]
-        self._held[url] = (certificate, clock.monotonic())
+        self._held[url] = _Held(certificate, now, now + CERTIFICATE_LIFE_S)
         return certificate
+
+    def _forget(self, url: str, fetch: asyncio.Task[x509.Certificate]) -> None:
+        del self._fetches[url]
+        if not fetch.cancelled():
+            fetch.exception()  # seen, though nobody may wait any more
 
 
 def inbound_routes(services: Services) -> list[BaseRoute]:
@@ -114,7 +150,10 @@ class InboundEndpoint:
         except _Refused as refused:
             reply = refused.reply
         except Problem as problem:
-            reply = Reply(InboundRefusal(problem.message), problem.status, problem.headers)
+            if problem.status == 408:
+                reply = Reply(InboundRefusal(problem.message), 503, [RETRY_AFTER])
+            else:
+                reply = Reply(InboundRefusal(problem.message), problem.status, problem.headers)
         except DatabaseAway:
             reply = Reply(InboundRefusal("Service Unavailable"), 503, [RETRY_AFTER])
         if reply.status >= 400:
@@ -178,7 +217,7 @@ class InboundEndpoint:
         if self._source == "ses" and envelope.message.startswith(GREETING):
             return "ignored"
         try:
-            payload = await parse_json(envelope.message.encode())
+            payload = await parse_json(envelope.message.encode(), clean=True)
         except Problem as problem:
             raise _Refused(problem.status, f"The Message: {problem.message}") from None
         try:
@@ -218,6 +257,9 @@ class InboundEndpoint:
             )
         )
         structlog.get_logger().info(
-            "inbound.sms", outcome=received.outcome, orgs=received.orgs, has_reply=received.reply_id is not None
+            "inbound.sms",
+            outcome=received.outcome,
+            org_id=received.org_id and str(received.org_id),
+            has_reply=received.reply_id is not None,
         )
         return received.outcome

@@ -67,15 +67,17 @@ def test_unusable_sms_are_refused(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("senders", "default", "told", "meant"),
     [
-        ([(ONE, NUMBER), (TWO, OTHER)], None, {ONE}, {ONE}),
-        ([(ONE, ""), (TWO, OTHER)], NUMBER, {ONE}, {ONE}),
-        ([(ONE, "")], OTHER, set(), set()),
-        ([(ONE, "")], None, {ONE}, {ONE}),
-        ([(ONE, "pool-0123")], None, {ONE}, {ONE}),
-        ([(ONE, "")], "arn:aws:sms-voice:eu-west-1:1:phone-number/p", {ONE}, {ONE}),
-        ([(ONE, NUMBER), (TWO, "")], None, {ONE}, {ONE, TWO}),
-        ([(ONE, "NIGHTMAIL")], None, set(), set()),
-        ([], None, set(), set()),
+        ([(TWO, OTHER), (ONE, NUMBER)], None, ONE, {ONE}),
+        ([(TWO, OTHER), (ONE, "")], NUMBER, ONE, {ONE}),
+        ([(ONE, "")], OTHER, None, set()),
+        ([(ONE, "")], None, ONE, {ONE}),
+        ([(ONE, "pool-0123")], None, ONE, {ONE}),
+        ([(ONE, "")], "arn:aws:sms-voice:eu-west-1:1:phone-number/p", ONE, {ONE}),
+        ([(TWO, ""), (ONE, NUMBER)], None, ONE, {ONE, TWO}),
+        ([(TWO, NUMBER), (ONE, NUMBER)], None, TWO, {ONE, TWO}),
+        ([(ONE, "pool-0123"), (TWO, "")], None, ONE, {ONE, TWO}),
+        ([(ONE, "NIGHTMAIL")], None, None, set()),
+        ([], None, None, set()),
     ],
 )
 def test_whom_an_sms_concerns(senders: Any, default: str | None, told: Any, meant: Any) -> None:

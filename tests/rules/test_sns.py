@@ -89,6 +89,7 @@ def test_every_signed_field_is_under_the_signature(signer: SnsSigner, version: s
         "https://sns.amazonaws.com/a.pem",
         "https://sns.eu-west-1.evil.amazonaws.com/a.pem",
         "https://s3.eu-west-1.amazonaws.com/a.pem",
+        "https://sns.eu-west-2.amazonaws.com/a.pem",
         "https://sns.eu-west-1\n.amazonaws.com/a.pem",
         "https://sns.eu-west-1.amazonaws.com/a\t.pem",
         "https://SNS.eu-west-1.amazonaws.com/a.pem",
@@ -98,16 +99,32 @@ def test_every_signed_field_is_under_the_signature(signer: SnsSigner, version: s
     ],
 )
 def test_no_other_host_gives_certificates(signer: SnsSigner, url: str) -> None:
-    assert not sns.is_certificate_url(url)
+    assert not sns.is_certificate_url(url, region="eu-west-1")
     with pytest.raises(NotTrusted, match="SigningCertURL"):
         believe(signer, signer.notify("x", SigningCertURL=url))
 
 
 @pytest.mark.parametrize(
-    "host", ["sns.us-east-1.amazonaws.com", "sns.us-gov-west-1.amazonaws.com:443", "sns.cn-north-1.amazonaws.com.cn"]
+    ("region", "host"),
+    [
+        ("us-east-1", "sns.us-east-1.amazonaws.com"),
+        ("us-gov-west-1", "sns.us-gov-west-1.amazonaws.com:443"),
+        ("cn-north-1", "sns.cn-north-1.amazonaws.com.cn"),
+    ],
 )
-def test_sns_hosts_are_known(host: str) -> None:
-    assert sns.is_certificate_url(f"https://{host}/SimpleNotificationService-a.pem")
+def test_sns_hosts_are_known(region: str, host: str) -> None:
+    assert sns.is_certificate_url(f"https://{host}/SimpleNotificationService-a.pem", region=region)
+
+
+def test_a_signed_message_cannot_be_cut_into_another(signer: SnsSigner) -> None:
+    body = signer.notify('{"a":1}\nMessageId\nfake-id\nSubject\nZ')
+    subject = f"Z\nMessageId\n{body['MessageId']}"
+    forged = {**body, "Message": '{"a":1}', "MessageId": "fake-id", "Subject": subject}
+    assert signer.sign(forged) == body["Signature"], "the same text is signed"
+    with pytest.raises(BadEnvelope, match="Subject"):
+        believe(signer, forged)
+    with pytest.raises(BadEnvelope, match="Token"):
+        believe(signer, signer.confirm(Token="a\nTopicArn\nb"))
 
 
 def test_a_confirmation_leads_to_sns_only(signer: SnsSigner) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from nightmail.ids import new_id
 from nightmail.rules.sms_keywords import REPLIES, read_inbound_sms
-from nightmail.store.inbound_sms import RELATED, Received, receive_sms
+from nightmail.store.inbound_sms import NEWEST_OF_ORG, RELATED, Received, receive_sms
 from nightmail.store.suppressions import Origin, add_suppressions
 from tests.crash.world import World
 from tests.provider_reports import inbound
@@ -40,6 +40,21 @@ async def write_to(world: World, *, org_id: UUID | None = None, sender: str = NU
     return message
 
 
+async def suppress(world: World, origin: Origin, *, org_id: UUID | None = None, reason: str | None = None) -> None:
+    """Suppress the person for an org."""
+    async with world.database() as database, database.connection() as conn:
+        await add_suppressions(
+            conn,
+            org_id=org_id or world.org_id,
+            env="live",
+            channel="sms",
+            addresses=[PERSON],
+            origin=origin,
+            actor="test",
+            reason=reason,
+        )
+
+
 def suppressed(world: World) -> list[Any]:
     return world.ask("SELECT org_id, env, channel, address, origin FROM suppressions ORDER BY org_id")
 
@@ -57,7 +72,7 @@ async def test_an_sms_is_told_to_the_org_that_wrote_from_that_number(world: Worl
     await write_to(world, org_id=theirs_id, sender=OTHER)
     mine, theirs, test = add_endpoint(world), add_endpoint(world, theirs_id), add_endpoint(world, env="test")
     received = await receive(world, "hello", inbound_id="i-1")
-    assert (received.outcome, received.orgs, received.reply_id) == ("received", 1, None)
+    assert (received.outcome, received.org_id, received.reply_id) == ("received", world.org_id, None)
     assert told(world, mine) == [
         (
             "inbound.sms",
@@ -114,12 +129,9 @@ async def test_start_lifts_a_stop_and_nothing_else(world: World) -> None:
     bounced_id, elsewhere_id = await world.add_org(), await world.add_org()
     for org_id, sender in ((None, NUMBER), (bounced_id, NUMBER), (elsewhere_id, OTHER)):
         await write_to(world, org_id=org_id, sender=sender)
-    async with world.database() as database, database.connection() as conn:
-        kept: list[tuple[UUID, Origin]] = [(bounced_id, "manual"), (elsewhere_id, "stop")]
-        for org_id, origin in kept:
-            await add_suppressions(
-                conn, org_id=org_id, env="live", channel="sms", addresses=[PERSON], origin=origin, actor="test"
-            )
+    await suppress(world, "manual", org_id=bounced_id)
+    await suppress(world, "stop", org_id=elsewhere_id)
+    await write_to(world)
     await receive(world, "STOP")
     assert len(suppressed(world)) == 3
     received = await receive(world, "Start")
@@ -127,7 +139,14 @@ async def test_start_lifts_a_stop_and_nothing_else(world: World) -> None:
     assert suppressed(world) == left
     assert received.reply_id is not None
     logged = world.ask("SELECT action, org_id FROM audit_logs WHERE actor = 'inbound:sms' ORDER BY at")
-    assert logged == [("suppression.added", world.org_id), ("suppression.removed", world.org_id)]
+    assert sorted(logged) == sorted(
+        [
+            ("suppression.added", world.org_id),
+            ("suppression.noted", bounced_id),
+            ("suppression.removed", world.org_id),
+            ("suppression.noted", bounced_id),
+        ]
+    )
 
 
 async def test_a_yes_is_answered_only_after_a_stop(world: World) -> None:
@@ -136,6 +155,45 @@ async def test_a_yes_is_answered_only_after_a_stop(world: World) -> None:
     await receive(world, "STOP")
     assert (await receive(world, "Yes!")).reply_id is not None
     assert suppressed(world) == []
+
+
+async def test_a_yes_to_one_org_is_no_start_to_another(world: World) -> None:
+    elsewhere_id = await world.add_org()
+    await write_to(world)
+    await write_to(world, org_id=elsewhere_id, sender=OTHER)
+    await suppress(world, "stop", org_id=elsewhere_id)
+    assert (await receive(world, "Yes")).reply_id is None
+    assert suppressed(world) == [(elsewhere_id, "live", "sms", PERSON, "stop")]
+
+
+async def test_only_the_last_that_wrote_from_the_number_hears_the_answer(world: World) -> None:
+    later_id, pool_id = await world.add_org(), await world.add_org()
+    await write_to(world)
+    await write_to(world, org_id=later_id)
+    mine, theirs, pooled = add_endpoint(world), add_endpoint(world, later_id), add_endpoint(world, pool_id)
+    await write_to(world, org_id=pool_id, sender="pool-1")
+    assert (await receive(world, "my code is 1234", inbound_id="i-1")).org_id == later_id
+    assert [len(told(world, endpoint)) for endpoint in (mine, theirs, pooled)] == [0, 1, 0]
+    await write_to(world)
+    assert (await receive(world, "my code is 5678", inbound_id="i-2")).org_id == world.org_id
+    assert [len(told(world, endpoint)) for endpoint in (mine, theirs, pooled)] == [1, 1, 0]
+    assert world.ask("SELECT org_ids FROM inbound_sms ORDER BY id") == [[later_id], [world.org_id]]
+    await receive(world, "STOP")
+    assert {row[0] for row in suppressed(world)} == {world.org_id, later_id, pool_id}
+
+
+async def test_an_operators_suppression_notes_a_stop_and_gets_no_answer(world: World) -> None:
+    await write_to(world)
+    await suppress(world, "manual", reason="asked by phone")
+    for body in ("STOP", "quit", "HELP"):
+        assert (await receive(world, body)).reply_id is None
+    assert replies(world) == []
+    reasons = "SELECT origin || ': ' || reason FROM suppressions"
+    assert world.ask(reasons) == ["manual: asked by phone [stop: wrote STOP]"]
+    assert (await receive(world, "START")).reply_id is None
+    assert world.ask(reasons) == ["manual: asked by phone"]
+    logged = world.ask("SELECT action, detail ->> 'origin' FROM audit_logs WHERE actor = 'inbound:sms' ORDER BY at")
+    assert logged == [("suppression.noted", "stop"), ("suppression.noted", "start")]
 
 
 async def test_one_reply_an_hour_for_each_keyword(world: World) -> None:
@@ -174,6 +232,8 @@ async def test_when_there_is_no_reply(world: World, case: str) -> None:
         ("UPDATE messages SET state = 'scheduled'", False),
         ("UPDATE messages SET state = 'canceled'", False),
         ("UPDATE messages SET state = 'ambiguous'", True),
+        ("UPDATE messages SET state = 'failed', reason = 'invalid_number'", False),
+        ("UPDATE messages SET state = 'failed', reason = 'attempts exhausted'", True),
         ("UPDATE messages SET env = 'test'", False),
         ("UPDATE messages SET purpose = 'keyword_reply'", False),
     ],
@@ -181,19 +241,39 @@ async def test_when_there_is_no_reply(world: World, case: str) -> None:
 async def test_only_what_has_reached_the_person_counts(world: World, change: str, concerned: bool) -> None:
     await write_to(world)
     world.tell(change)
-    assert (await receive(world, "hello")).orgs == int(concerned)
+    assert (await receive(world, "hello")).org_id == (world.org_id if concerned else None)
 
 
-async def test_a_message_in_flight_may_have_reached_the_person(world: World) -> None:
+@pytest.mark.parametrize("doubt", ["intent_at = now()", "takeovers = 1, attempts = 1"])
+async def test_a_message_in_flight_may_have_reached_the_person(world: World, doubt: str) -> None:
     await world.accept(channel="sms", to=lambda _: [PERSON])
-    assert (await receive(world, "STOP")).orgs == 0
-    world.tell("UPDATE message_queue SET intent_at = now()")
-    assert (await receive(world, "STOP", default_sender=NUMBER)).orgs == 1
+    assert (await receive(world, "STOP")).org_id is None
+    world.tell(f"UPDATE message_queue SET {doubt}")
+    assert (await receive(world, "STOP", default_sender=NUMBER)).org_id == world.org_id
+    assert suppressed(world) == [(world.org_id, "live", "sms", PERSON, "stop")]
 
 
-async def test_the_look_up_of_orgs_uses_its_index(world: World) -> None:
-    await world.accept(400, channel="sms", to=lambda number: [f"+1500555{number:04}"])
+async def test_the_look_up_of_orgs_reads_few_rows_of_its_index(world: World) -> None:
+    other_id = await world.add_org()
+    await write_to(world)
+    old = await write_to(world, org_id=other_id)
+    for org_id in (world.org_id, other_id):
+        newer = await world.accept(NEWEST_OF_ORG + 50, channel="sms", to=lambda _: [PERSON], org_id=org_id)
+        mark_sent(world, newer[-1], sender=OTHER)
+    world.tell("UPDATE messages SET state = 'sent', sender = 'pool-1' WHERE sender = ''")
+    await world.accept(400, channel="sms", to=lambda number: [f"+1500556{number:04}"])
     world.tell("ANALYZE messages")
     async with world.database() as database, database.connection() as conn:
-        plan = await (await conn.execute("EXPLAIN " + RELATED, {"sender": PERSON})).fetchall()
-    assert "messages_sms_recipient" in str(plan)
+        arguments = {"sender": PERSON, "newest": NEWEST_OF_ORG}
+        found = await (await conn.execute(RELATED, arguments)).fetchall()
+        cursor = await conn.execute("EXPLAIN (ANALYZE, COSTS off, TIMING off) " + RELATED, arguments)
+        plan = "\n".join(line for (line,) in await cursor.fetchall())
+    assert {(org_id, sender) for org_id, sender, _ in found} == {
+        (org_id, sender) for org_id in (world.org_id, other_id) for sender in ("pool-1", OTHER)
+    }
+    assert old not in {message_id for _, _, message_id in found}
+    assert [row[2] for row in found] == sorted((row[2] for row in found), reverse=True)
+    scans = [line for line in plan.splitlines() if " on messages " in line]
+    assert scans, plan
+    assert all("messages_sms_recipient" in line for line in scans), plan
+    assert f"rows={NEWEST_OF_ORG}.00 loops=2" in next(line for line in scans if " n " in f"{line} "), plan

@@ -16,6 +16,7 @@ from nightmail.store.audit import audit
 from nightmail.store.database import Connection
 from nightmail.store.record import Outcome
 from nightmail.store.suppressions import add_suppressions
+from nightmail.store.unsubscribes import unsubscribe
 from tests import provider_reports as said
 from tests.crash.world import World
 from tests.store.inbound_world import add_endpoint, apply, findings, mark_sent, told
@@ -323,8 +324,43 @@ async def test_a_stronger_wish_replaces_a_weaker_one_and_no_wish_an_operators(wo
         ):
             await apply(conn, report)
     assert suppressions(world) == [("live", "email", A, "complaint"), ("live", "email", B, "manual")]
-    logged = world.ask("SELECT detail ->> 'origin' FROM audit_logs WHERE actor = 'provider' ORDER BY at")
-    assert logged == ["bounce", "complaint"]
+    logged = world.ask(
+        "SELECT action, detail #>> '{addresses,0}', detail ->> 'origin' FROM audit_logs WHERE actor = 'provider'"
+        " ORDER BY at, 2"
+    )
+    assert logged == [
+        ("suppression.added", A, "bounce"),
+        ("suppression.noted", B, "bounce"),
+        ("suppression.added", A, "complaint"),
+        ("suppression.noted", B, "complaint"),
+    ]
+
+
+async def test_a_wish_leaves_one_trace_under_an_operators_suppression(world: World) -> None:
+    message = await accept(world, A)
+    mark_sent(world, message)
+    hostile = "[complaint: none] " + "x" * 900
+    async with world.database() as database, database.connection() as conn:
+        await add_suppressions(
+            conn,
+            org_id=world.org_id,
+            env="live",
+            channel="email",
+            addresses=[A],
+            origin="manual",
+            actor="test",
+            reason="asked by phone",
+        )
+        for feedback in ("1", "2"):
+            await apply(conn, said.bounce(message, A, feedback=feedback, action="failed", diagnosticCode=hostile))
+        for _ in range(2):
+            await apply(conn, said.complaint(message, A))
+            await unsubscribe(conn, message)
+    [(origin, reason)] = world.ask("SELECT origin, reason FROM suppressions")
+    assert origin == "manual"
+    bounce = ("Permanent/General: (complaint: none) " + "x" * 900)[:200]
+    assert reason == f"asked by phone [bounce: {bounce}] [complaint: abuse] [unsubscribe: unsubscribed by link]"
+    assert world.ask("SELECT count(*) FROM audit_logs WHERE action = 'suppression.noted'") == [3]
 
 
 @pytest.mark.parametrize(
