@@ -145,12 +145,18 @@ def is_sns_url(url: str) -> bool:
     )
 
 
+# No other spelling of one certificate: each would be fetched and kept as one more.
+_CERTIFICATE_PATH = re.compile(r"/[A-Za-z0-9._-]+\.pem")
+
+
 def is_certificate_url(url: str, *, region: str) -> bool:
     """Return whether a certificate of SNS in the region may be fetched from the URL."""
     if not is_sns_url(url):
         return False
     parts = urlsplit(url)
-    return parts.netloc.split(".")[1] == region and parts.path.endswith(".pem") and not parts.query
+    return (
+        parts.netloc.split(".")[1] == region and _CERTIFICATE_PATH.fullmatch(parts.path) is not None and not parts.query
+    )
 
 
 def _region(topic_arn: str) -> str:

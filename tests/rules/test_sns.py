@@ -72,6 +72,8 @@ def test_every_signed_field_is_under_the_signature(signer: SnsSigner, version: s
         "https://sns.eu-west-1.amazonaws.com.evil.com/a.pem",
         "https://evil.com/sns.eu-west-1.amazonaws.com/a.pem",
         "https://user@sns.eu-west-1.amazonaws.com/a.pem",
+        "https://sns.eu-west-1.amazonaws.com/%61.pem",
+        "https://sns.eu-west-1.amazonaws.com/x/../a.pem",
         "https://sns.eu-west-1.amazonaws.com@evil.com/a.pem",
         "https://sns.eu-west-1.amazonaws.com\\@evil.com/a.pem",
         "https://sns.eu-west-1.amazonaws.com:8443/a.pem",
