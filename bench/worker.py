@@ -76,7 +76,7 @@ async def _opened(task: Task) -> AsyncIterator[tuple[Settings, Database, Ports]]
         email=_email_sender(task, settings),
         sms=CaptureSender(),
         send_rate=Unlimited(),
-        webhooks=HttpWebhookSender(settings.webhook_allow_cidrs, concurrency=settings.webhook_concurrency),
+        webhooks=HttpWebhookSender(settings.webhook_allow_cidrs, allow_http=True),
         sns=HttpSnsHost(),
     )
     yield settings, database, ports

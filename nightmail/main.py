@@ -123,7 +123,10 @@ async def open_application(settings: Settings, servers: Servers) -> AsyncIterato
         email=build_email_sender(settings),
         sms=build_sms_sender(settings),
         send_rate=build_send_rate(settings, database, valkey),
-        webhooks=HttpWebhookSender(settings.webhook_allow_cidrs, concurrency=settings.webhook_concurrency),
+        webhooks=HttpWebhookSender(
+            settings.webhook_allow_cidrs,
+            allow_http=settings.nightmail_env != "production",
+        ),
         sns=HttpSnsHost(),
     )
     alerts = Alerts(JOBS, database, ports, settings)

@@ -25,7 +25,8 @@ WHEN = {
     "message.scheduled": "It was accepted for a later time.",
     "message.sent": "The provider took it; in the test env: it would have been handed over.",
     "message.delivered": "The recipient's server, or the carrier, took it.",
-    "message.delayed": "It is not there yet, and the provider goes on trying.",
+    "message.delayed": "It is not there yet, as far as anybody knows: SES goes on trying, an automatic answer came, "
+    "or the carrier of an SMS said nothing for 72 hours.",
     "message.bounced": "It cannot be delivered; `bounce` says why. A permanent one suppresses the address.",
     "message.complained": "The recipient called it spam; the address is suppressed.",
     "message.failed": "It was not sent; `reason` says why.",

@@ -26,6 +26,6 @@ def make_ports(
         email=email or CaptureSender(),
         sms=sms or CaptureSender(),
         send_rate=send_rate or Unlimited(),
-        webhooks=webhooks or HttpWebhookSender(LOOPBACK),
+        webhooks=webhooks or HttpWebhookSender(LOOPBACK, allow_http=True),
         sns=sns or HttpSnsHost(),
     )

@@ -12,11 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import pytest
 import resend
+from botocore import xform_name
+from botocore.model import StringShape
+from botocore.validate import ParamValidator
 
 from nightmail.cli import app
 from nightmail.jobs.table import JOBS
+from nightmail.rules.sms_events import PREFIX, SMS_KINDS
+from nightmail.rules.sms_keywords import KEYWORDS
 from nightmail.settings import Settings
 from nightmail.web.api.table import OPERATIONS
 from nightmail.webhooks.signature import signature_headers
@@ -27,6 +33,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 TEXTS = {name: (ROOT / name).read_text() for name in PAGES}
 README = TEXTS["README.md"]
 WEBHOOKS = (ROOT / "docs" / "webhooks.md").read_text()
+INBOUND = (ROOT / "docs" / "inbound.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -129,6 +136,73 @@ def test_the_webhooks_page_names_settings_and_operations_that_exist() -> None:
     assert calls <= operations
     for link in re.findall(r"\]\(([^)#]+)\)", WEBHOOKS):
         assert link.startswith("https://") or (ROOT / "docs" / link).exists(), link
+
+
+def test_the_inbound_page_names_settings_events_and_pages_that_exist() -> None:
+    names = {name.upper() for name in Settings.model_fields}
+    commands = "".join(blocks(INBOUND, "sh"))
+    prose = INBOUND.replace(commands, "")
+    named = set(re.findall(r"`([A-Z]+_[A-Z_]+)[`=]", prose)) | set(re.findall(r"^([A-Z_]+)=", commands, re.MULTILINE))
+    events = {name for name in named if name.startswith("TEXT_")} - {"TEXT_ALL"}
+    assert events == {f"{PREFIX}{status}" for status in SMS_KINDS}
+    assert named - events - {"TEXT_ALL"} <= names
+    assert {"SNS_TOPIC_ARNS", "EVIDENCE_WAIT_S", "SES_CONFIGURATION_SET", "SMS_CONFIGURATION_SET"} <= named
+    words = {word.replace(" ", "").lower() for word in re.findall(r"`([A-Z ]+)`", INBOUND)}
+    assert set(KEYWORDS) <= words
+    for link in re.findall(r"\]\(([^)#]+)\)", INBOUND):
+        assert link.startswith("https://") or (ROOT / "docs" / link).exists(), link
+
+
+def test_the_commands_of_the_inbound_page_are_ones_that_aws_knows() -> None:
+    session = botocore.session.get_session()
+    commands = [
+        shlex.split(command.replace("\\\n", " "))
+        for block in blocks(INBOUND, "sh")
+        for command in re.findall(r"^aws .*?(?=^aws |\Z)", block, re.MULTILINE | re.DOTALL)
+    ]
+    assert len(commands) >= 10
+    reported: set[str] = set()
+    for _, service, operation, *arguments in commands:
+        model = session.get_service_model(service)
+        by_name = {xform_name(name, "-"): model.operation_model(name) for name in model.operation_names}
+        shape = by_name[operation].input_shape
+        assert shape is not None
+        given: dict[str, Any] = {}
+        while arguments:
+            option = arguments.pop(0).removeprefix("--").replace("notification-endpoint", "endpoint")
+            name = next(name for name in shape.members if xform_name(name, "-") == option)
+            match shape.members[name].type_name:
+                case "boolean":
+                    given[name] = True
+                case "structure" | "map":
+                    given[name] = json.loads(arguments.pop(0))
+                case "list":
+                    given[name] = [arguments.pop(0)]
+                case _:
+                    given[name] = arguments.pop(0)
+        errors = ParamValidator().validate(given, shape)
+        assert not errors.has_errors(), (operation, errors.generate_report())
+        chosen = {
+            *given.get("MatchingEventTypes", ()),
+            *given.get("EventDestination", {}).get("MatchingEventTypes", ()),
+        }
+        if chosen:
+            known = model.shape_for("EventType")
+            assert isinstance(known, StringShape)
+            assert chosen <= set(known.enum)
+        reported |= chosen
+        for policy in (given.get("AttributeValue"), given.get("Attributes", {}).get("DeliveryPolicy")):
+            assert policy is None or json.loads(policy)
+    assert {"SEND", "BOUNCE", "COMPLAINT", "TEXT_ALL"} <= reported
+
+
+def test_the_email_of_the_inbound_page_carries_the_unsubscribe_link(database_url: str) -> None:
+    (email,) = blocks(INBOUND, "json")
+    with serving(database_url, public_url="https://nightmail.example.com") as server:
+        org = server.make_org()
+        answer = server.call("POST", "/emails", org.live_key, json.loads(email))
+        assert answer.status_code == 200, answer.text
+        assert "https://nightmail.example.com/unsubscribe/" in str(server.rows("SELECT headers FROM message_bodies"))
 
 
 def test_the_examples_of_the_webhooks_page_subscribe_and_verify(

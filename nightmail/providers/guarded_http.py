@@ -19,6 +19,7 @@ import ssl
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -35,7 +36,9 @@ Lookup = Callable[[str], Awaitable[Sequence[str]]]
 
 DNS_LIMIT_S = 5.0
 DNS_CACHE_S = 10  # endpoints that close each connection would otherwise cost a look-up per post
-DNS_THREADS = 64  # names that hang hold a thread each, and only these
+# A name that hangs holds one thread until the system's resolver gives it up, whoever asks and however often. All
+# endpoints that an org may have, 50 in each of two envs, leave most of these to others.
+DNS_THREADS = 256
 # Shorter than what common servers allow (gunicorn 2 s, Node and uvicorn 5 s): a post on a connection that the server
 # is closing fails, and is not repeated.
 IDLE_S = 1.5
@@ -58,15 +61,32 @@ FOREIGN_ERRORS = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError,
 class SystemLookup:
     """Asks the system's resolver, in threads, and gives up after `limit_s` seconds.
 
-    The threads are daemons, not an executor's: one that hangs in a look-up must not hold up the end of the process.
+    A name is asked for once at a time, and all who wait for it get that answer. Given up, it fails at once until its
+    thread has ended. The threads are daemons, not an executor's: one that hangs must not hold up the process's end.
     """
 
     def __init__(self, *, limit_s: float = DNS_LIMIT_S, threads: int = DNS_THREADS) -> None:
         self._limit_s = limit_s
         self._slots = asyncio.Semaphore(threads)
+        self._asked: dict[str, asyncio.Task[list[str]]] = {}
+        self._in_thread: set[str] = set()
 
     async def __call__(self, host: str) -> Sequence[str]:
         """Return the addresses of a name. Raises OSError."""
+        task = self._asked.get(host)
+        if task is None:
+            if host in self._in_thread:
+                raise OSError("an earlier look-up of this name still hangs")
+            task = self._asked[host] = asyncio.create_task(self._ask(host))
+            task.add_done_callback(partial(self._forget, host))
+        return await asyncio.shield(task)  # who gives up waiting leaves it to the others
+
+    def _forget(self, host: str, task: asyncio.Task[list[str]]) -> None:
+        del self._asked[host]
+        if not task.cancelled():
+            task.exception()  # seen, though nobody may wait any more
+
+    async def _ask(self, host: str) -> list[str]:
         try:
             async with asyncio.timeout(self._limit_s):
                 await self._slots.acquire()
@@ -80,6 +100,7 @@ class SystemLookup:
 
         def settle(addresses: list[str], error: Exception | None) -> None:
             self._slots.release()  # only now: a thread that nobody waits for is still a thread
+            self._in_thread.discard(host)
             if answer.done():
                 return
             if error is None:
@@ -98,7 +119,11 @@ class SystemLookup:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(settle, addresses, failed)
 
-        threading.Thread(target=look_up, name="nightmail-dns", daemon=True).start()
+        self._in_thread.add(host)
+        try:
+            threading.Thread(target=look_up, name="nightmail-dns", daemon=True).start()
+        except RuntimeError as error:  # the system allows no more threads
+            settle([], OSError(str(error)))
         return answer
 
 
@@ -149,6 +174,7 @@ def guarded_session(
 ) -> aiohttp.ClientSession:
     """Return a session whose every connection the guard has passed; needs a running loop.
 
+    At most `concurrency` connections at once, 0 means any number.
     `tls` None means the system's certificate authorities.
     """
     connector = aiohttp.TCPConnector(

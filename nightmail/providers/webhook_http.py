@@ -39,21 +39,25 @@ HEADERS = {"user-agent": "Nightmail-Webhooks/1", "content-type": "application/js
 
 
 class HttpWebhookSender:
-    """Posts to public addresses and to those in `allow`, over at most `concurrency` connections.
+    """Posts to public addresses and to those in `allow`.
 
-    `resolver` looks names up instead of the system's; `tls` replaces the system's certificate authorities.
+    Connections are not limited here: several runs of a process share the sender, each bounds its own posts, and a wait
+    for a connection would look like an endpoint that does not answer.
+
+    Without `allow_http` nothing is posted in the clear, whatever was allowed when the endpoint was made. `resolver`
+    looks names up instead of the system's; `tls` replaces the system's certificate authorities.
     """
 
     def __init__(
         self,
         allow: Sequence[Network] = (),
         *,
-        concurrency: int = 100,
+        allow_http: bool = False,
         resolver: Lookup | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._allow = allow
-        self._concurrency = concurrency
+        self._allow_http = allow_http
         self._lookup = resolver
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
@@ -61,7 +65,7 @@ class HttpWebhookSender:
 
     async def post(self, url: str, *, body: bytes, headers: Mapping[str, str], timeout_s: float) -> WebhookReply:
         """Make one attempt within `timeout_s` seconds; raises Retryable or Permanent("address_refused")."""
-        target = _target(url)
+        target = _target(url, self._allow_http)
         session = self._session or self._open()
         if self._timeout.total != timeout_s:
             self._timeout = _timeout(timeout_s)
@@ -90,18 +94,19 @@ class HttpWebhookSender:
     def _open(self) -> aiohttp.ClientSession:
         # Only now, because a session belongs to the loop it is made in.
         guard = Guard(self._lookup or SystemLookup(), self._allow)
-        self._session = guarded_session(guard, concurrency=self._concurrency, headers=HEADERS, tls=self._tls)
+        self._session = guarded_session(guard, concurrency=0, headers=HEADERS, tls=self._tls)
         return self._session
 
 
 @lru_cache(maxsize=4096)
-def _target(url: str) -> URL:
+def _target(url: str, allow_http: bool) -> URL:
     """Return the URL as it goes out: byte for byte, since a signed query would not survive being quoted again.
 
-    It was checked when the endpoint was made; here it is the code below that must not be fed anything else.
+    It was checked when the endpoint was made, maybe before the server was in production; and the code below must not
+    be fed anything else.
     """
     try:
-        return URL(check_webhook_url(url, allow_http=True), encoded=True)
+        return URL(check_webhook_url(url, allow_http=allow_http), encoded=True)
     except ValueError as error:
         raise Permanent("address_refused", f"the URL {error}") from error
 
@@ -126,7 +131,9 @@ async def _beginning(response: aiohttp.ClientResponse) -> str:
 def _text(octets: bytes) -> str:
     # A character cut in half at the limit is dropped; NUL is what PostgreSQL's text cannot hold.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return decoder.decode(octets[:BODY_BYTES_MAX], final=len(octets) <= BODY_BYTES_MAX).replace("\0", "\ufffd")
+    text = decoder.decode(octets[:BODY_BYTES_MAX], final=len(octets) <= BODY_BYTES_MAX).replace("\0", "\ufffd")
+    # What is no UTF-8 has grown: each octet of it is three now.
+    return text.encode()[:BODY_BYTES_MAX].decode("utf-8", "ignore")
 
 
 def retry_after_s(value: str, *, now: datetime) -> float | None:

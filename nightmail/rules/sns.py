@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 Kind = Literal["Notification", "SubscriptionConfirmation", "UnsubscribeConfirmation"]
 
-# The Timestamp is when the message was published. SNS tries an HTTP endpoint for up to an hour after that, and what
-# then lies in a dead-letter queue is posted again by people: a bound of an hour would lose events just when we were
-# away for long. Replay is no danger within it: sns_notifications remembers for two days.
+# The Timestamp is when the message was published. A delivery policy may have SNS try for up to an hour after that, and
+# what then lies in a dead-letter queue is posted again by people: a bound of an hour would lose events just when we
+# were away for long. Replay is no danger within it: sns_notifications remembers for two days.
 MAX_AGE = timedelta(hours=24)
 MAX_AHEAD = timedelta(minutes=15)
 

@@ -54,6 +54,19 @@ def check_webhook_url(text: str, *, allow_http: bool) -> str:
     return url
 
 
+def mask_url(url: str) -> str:
+    """Return the URL as lists and logs show it: `…` for the query, and for a user name and password.
+
+    These are where receivers keep secrets that their readers would not look for; a path is needed to tell URLs apart.
+    """
+    start, question, _ = url.partition("?")
+    scheme, slashes, rest = start.partition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    user = "…@" if at else ""
+    return f"{scheme}{slashes}{user}{host}{slash}{path}{'?…' if question else ''}"
+
+
 def _check_host(host: str) -> str:
     if not host:
         raise ValueError("must have a host name after //")

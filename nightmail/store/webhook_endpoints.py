@@ -1,18 +1,19 @@
 """webhook_endpoints: where an org wants to be told, one set per env.
 
 Whoever changes an endpoint locks its row before any delivery of it. Secrets are read by their owner and by the
-deliverer; the audit log never holds one.
+deliverer; the audit log never holds one, and of a URL not the query, which may be one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, cast
 from uuid import UUID
 
 from nightmail.ids import new_id
+from nightmail.rules.webhook_urls import mask_url
 from nightmail.rules.webhooks import SECRET_OVERLAP_HOURS, Dialect, Status
 from nightmail.store.audit_logs import insert_audit_log
 from nightmail.store.database import Connection
@@ -33,7 +34,7 @@ class EndpointView:
     status: Status
     disabled_reason: str | None
     schedule: str
-    secret: str
+    secret: str = field(repr=False)
     previous_until: datetime | None
     blocked_until: datetime | None
     created_at: datetime
@@ -49,7 +50,7 @@ class NewEndpoint:
     types: Sequence[str]
     topics: Sequence[str]
     schedule: str
-    secret: str
+    secret: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ async def insert_endpoint(
         )
         if cursor.rowcount == 0:
             return None
-        detail = {"env": env, "url": endpoint.url, "events": list(endpoint.types)}
+        detail = {"env": env, "url": mask_url(endpoint.url), "events": list(endpoint.types)}
         await insert_audit_log(
             conn, actor=actor, action="webhook.created", org_id=org_id, target=str(endpoint_id), detail=detail
         )
@@ -227,6 +228,8 @@ async def change_endpoint(
             "starts_anew": change.status == "enabled" or change.url not in (None, endpoint.url),
         },
     )
+    if change.url is not None:
+        changed["url"] = mask_url(change.url)
     detail = {name: value for name, value in changed.items() if value is not None}
     await insert_audit_log(
         conn, actor=actor, action="webhook.changed", org_id=org_id, target=str(endpoint.id), detail=detail
@@ -292,6 +295,6 @@ async def delete_endpoint(conn: Connection, *, org_id: UUID, env: str, endpoint_
             action="webhook.deleted",
             org_id=org_id,
             target=str(endpoint_id),
-            detail={"env": env, "url": row[0]},
+            detail={"env": env, "url": mask_url(row[0])},
         )
     return True

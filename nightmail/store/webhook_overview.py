@@ -111,7 +111,25 @@ ORDER BY e.id DESC
 """
 
 # The same over webhook_endpoints_of_org; an org has a bounded number.
-LIST_ENDPOINTS_OF_ORG = LIST_ENDPOINTS.replace("WHERE id <", "WHERE org_id = %(org_id)s\n          AND id <")
+LIST_ENDPOINTS_OF_ORG = """
+SELECT e.id, e.org_id, coalesce(o.name, ''), e.env, e.url, e.description, e.dialect, e.types, e.status,
+       e.disabled_reason, e.schedule, right(e.secret, 4),
+       CASE WHEN e.previous_until > nm_now() THEN e.previous_until END, e.failures, e.first_failing_at,
+       CASE WHEN e.blocked_until > nm_now() THEN e.blocked_until END, e.created_at
+FROM (
+    SELECT *
+    FROM webhook_endpoints
+    WHERE org_id = %(org_id)s
+      AND id < %(before)s
+      AND (%(status)s::text IS NULL
+           OR %(status)s = CASE WHEN status = 'enabled' AND failures > 0 THEN 'failing' ELSE status END)
+      AND (%(url)s = '' OR strpos(lower(url), %(url)s) > 0)
+    ORDER BY id DESC
+    LIMIT %(limit)s + 1
+) AS e
+LEFT JOIN orgs AS o ON o.id = e.org_id
+ORDER BY e.id DESC
+"""
 
 LAST_SCANNED_ENDPOINT = """
 SELECT id
@@ -435,50 +453,86 @@ class MessageDelivery:
     dialect: Dialect
 
 
+@dataclass(frozen=True, slots=True)
+class MessageDeliveries:
+    """Deliveries of a message's events, in the order of the events; `is_cut` when there may be more."""
+
+    rows: list[MessageDelivery] = field(default_factory=list)
+    is_cut: bool = False
+
+
 # No index leads from a message to its deliveries, which every fact would pay for. But a delivery is inserted in the
-# transaction that records its event, so its id's time is near `recorded_at`: for each second with events, each endpoint
-# of the org is looked at from one second before to ten after.
+# transaction that records its event, so its id's time is near `recorded_at`: each endpoint of the org is looked at from
+# one second before to two after each second with events, and what touches is one span, so that no row is read twice.
+# Endpoints and spans share the rows that are read in all; one row more of each than its share tells that it was cut.
 OF_MESSAGE = """
 WITH message AS MATERIALIZED (
     SELECT id, org_id, env
     FROM messages
     WHERE id = %(message_id)s
-), span AS MATERIALIZED (
-    SELECT (lpad(to_hex((extract(epoch FROM second - make_interval(secs => 1)) * 1000)::bigint), 12, '0')
-            || repeat('0', 20))::uuid AS first,
-           (lpad(to_hex((extract(epoch FROM second + make_interval(secs => 10)) * 1000)::bigint), 12, '0')
-            || repeat('0', 20))::uuid AS after
+), second AS MATERIALIZED (
+    SELECT DISTINCT date_trunc('second', recorded_at) AS at
+    FROM message_events
+    WHERE message_id = %(message_id)s
+    ORDER BY at
+    LIMIT %(spans)s + 1
+), numbered AS (
+    SELECT at, count(*) FILTER (WHERE is_first) OVER (ORDER BY at) AS number
     FROM (
-        SELECT DISTINCT date_trunc('second', recorded_at) AS second
-        FROM message_events
-        WHERE message_id = %(message_id)s
-        ORDER BY second
+        SELECT at, (at - lag(at) OVER (ORDER BY at) <= make_interval(secs => 4)) IS NOT TRUE AS is_first
+        FROM second
+        ORDER BY at
         LIMIT %(spans)s
     ) AS s
+), span AS MATERIALIZED (
+    SELECT (lpad(to_hex((extract(epoch FROM min(at) - make_interval(secs => 1)) * 1000)::bigint), 12, '0')
+            || repeat('0', 20))::uuid AS first,
+           (lpad(to_hex((extract(epoch FROM max(at) + make_interval(secs => 3)) * 1000)::bigint), 12, '0')
+            || repeat('0', 20))::uuid AS after
+    FROM numbered
+    GROUP BY number
+), listener AS MATERIALIZED (
+    SELECT e.id, e.url, e.dialect
+    FROM message AS m
+    JOIN webhook_endpoints AS e ON e.org_id = m.org_id AND e.env = m.env
+), share AS MATERIALIZED (
+    SELECT %(scan)s / greatest((SELECT count(*) FROM listener) * (SELECT count(*) FROM span), 1) AS rows
 )
-SELECT DISTINCT ON (d.event_id, d.endpoint_id)
-       d.endpoint_id, d.event_id, d.topic, d.message_id, d.recipient, d.occurred_at, d.seq, d.state, d.reason, d.due_at,
-       d.claim_id IS NOT NULL AND d.due_at > nm_now(), d.attempts, d.finished_at, e.url, e.dialect
-FROM message AS m
-JOIN webhook_endpoints AS e ON e.org_id = m.org_id AND e.env = m.env
+SELECT d.endpoint_id, d.event_id, d.topic, d.message_id, d.recipient, d.occurred_at, d.seq, d.state, d.reason, d.due_at,
+       d.claim_id IS NOT NULL AND d.due_at > nm_now(), d.attempts, d.finished_at, e.url, e.dialect,
+       bool_or(d.place > (SELECT rows FROM share)) OVER () OR (SELECT count(*) FROM second) > %(spans)s
+FROM listener AS e
 CROSS JOIN span AS s
 CROSS JOIN LATERAL (
-    SELECT *
+    SELECT *, row_number() OVER (ORDER BY event_id) AS place
     FROM webhook_deliveries
     WHERE endpoint_id = e.id
       AND event_id >= s.first
       AND event_id < s.after
     ORDER BY event_id
-    LIMIT %(scan)s
+    LIMIT (SELECT rows FROM share) + 1
 ) AS d
-WHERE d.message_id = m.id
-ORDER BY d.event_id, d.endpoint_id
-LIMIT 200
+WHERE d.message_id = %(message_id)s
+   OR d.place > (SELECT rows FROM share)
+ORDER BY d.message_id IS NOT DISTINCT FROM %(message_id)s DESC, d.event_id, d.endpoint_id
+LIMIT %(limit)s + 1
 """
 SPANS_MAX = 40
+# Rows of deliveries read for a message: about a tenth of a second.
+OF_MESSAGE_SCAN = 100_000
+OF_MESSAGE_LIMIT = 200
 
 
-async def deliveries_of_message(conn: Connection, message_id: UUID) -> list[MessageDelivery]:
-    """Return the deliveries of a message's events to endpoints that still exist, in the order of the events."""
-    cursor = await conn.execute(OF_MESSAGE, {"message_id": message_id, "spans": SPANS_MAX, "scan": SCAN})
-    return [MessageDelivery(DeliveryRow(*row[:13]), row[13], row[14]) for row in await cursor.fetchall()]
+async def deliveries_of_message(conn: Connection, message_id: UUID) -> MessageDeliveries:
+    """Return the deliveries of a message's events to endpoints that still exist."""
+    arguments = {
+        "message_id": message_id,
+        "spans": SPANS_MAX,
+        "scan": OF_MESSAGE_SCAN,
+        "limit": OF_MESSAGE_LIMIT,
+    }
+    cursor = await conn.execute(OF_MESSAGE, arguments)
+    found = await cursor.fetchall()
+    rows = [MessageDelivery(DeliveryRow(*row[:13]), row[13], row[14]) for row in found if row[3] == message_id]
+    is_cut = len(rows) > OF_MESSAGE_LIMIT or any(row[15] for row in found)
+    return MessageDeliveries(rows[:OF_MESSAGE_LIMIT], is_cut)

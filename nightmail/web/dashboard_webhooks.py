@@ -331,7 +331,7 @@ async def _change(page: Page, change: Change[T], *, needs_enabled: bool = True) 
     """Do it in a transaction that has locked the endpoint of the path; return the endpoint's id and what came of it.
 
     Raises Problem: 404, 409 when nothing would be delivered to it, or what `change` returns, which has then written
-    nothing. It is raised out here: where it ends a step, its log may show the endpoint with its secret.
+    nothing. It is raised out here: where it ends a step, its log may show the endpoint with its whole URL.
     """
     endpoint_id = uuid_of(page.request.path_params["id"])
 

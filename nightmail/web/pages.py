@@ -16,6 +16,7 @@ from nightmail import __version__
 from nightmail.clock import now
 from nightmail.engine.runner import Engine
 from nightmail.errors import DatabaseAway
+from nightmail.rules.webhook_urls import mask_url
 from nightmail.store.database import Connection
 from nightmail.web import admin_session, wording
 from nightmail.web.client_address import client_address
@@ -165,6 +166,7 @@ def page_templates() -> jinja2.Environment:
     environment.filters.update(
         amount=wording.amount,
         bounded=wording.bounded,
+        mask_url=mask_url,
         duration=wording.duration,
         utc=wording.utc,
         precise=wording.precise,

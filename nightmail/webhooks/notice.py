@@ -8,6 +8,7 @@ from uuid import UUID
 from nightmail.engine.job import JobContext
 from nightmail.ids import new_claim_id, new_id
 from nightmail.ports import OutgoingEmail
+from nightmail.rules.webhook_urls import mask_url
 from nightmail.store.webhook_attempts import Disabled
 
 MAIL_LIMIT_S = 5.0
@@ -31,7 +32,7 @@ async def tell_disabled(ctx: JobContext, endpoint: Disabled) -> None:
         subject="[Nightmail] a webhook endpoint was disabled",
         html=None,
         text=(
-            f"Endpoint {endpoint.url}\n"
+            f"Endpoint {mask_url(endpoint.url)}\n"
             f"Id       {endpoint.id}\n"
             f"Org      {endpoint.org_id} ({endpoint.env})\n"
             f"Reason   {endpoint.reason}\n\n"

@@ -165,7 +165,7 @@ async def verdict(sender: HttpWebhookSender, url: str) -> str:
 
 
 async def test_the_corpus(listeners: Listeners) -> None:
-    sender = HttpWebhookSender(resolver=say)
+    sender = HttpWebhookSender(resolver=say, allow_http=True)
     urls = [*(f"http://{host}:{listeners.port}/hook" for host in HOSTS), *WHOLE_URLS]
     urls += [url.replace("http://", "https://", 1) for url in urls if url.startswith("http://")]
     verdicts = {url: await verdict(sender, url) for url in urls}
@@ -179,7 +179,7 @@ async def test_the_corpus(listeners: Listeners) -> None:
 
 async def test_the_listeners_would_have_noticed(listeners: Listeners) -> None:
     everything = [ip_network("0.0.0.0/0"), ip_network("::/0")]
-    sender = HttpWebhookSender(everything, resolver=say)
+    sender = HttpWebhookSender(everything, resolver=say, allow_http=True)
     hosts = ["127.0.0.1", "127.0.0.2", "[::1]", "localhost", "0.0.0.0", "[::ffff:127.0.0.1]", "bücher.example"]
     for host in hosts[:4]:
         assert "Retryable" in await verdict(sender, f"http://{host}:{listeners.port}/hook")
@@ -213,7 +213,7 @@ async def test_a_name_that_means_something_else_a_moment_later_gains_nothing() -
 
     async with Receiver() as receiver:
         elsewhere = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.2", receiver.port)
-        sender = HttpWebhookSender([ip_network("127.0.0.1/32")], resolver=rebind)
+        sender = HttpWebhookSender([ip_network("127.0.0.1/32")], resolver=rebind, allow_http=True)
         url = receiver.url("/ok").replace("127.0.0.1", "rebound.example")
         reply = await sender.post(url, body=b"{}", headers={}, timeout_s=2)
         assert (reply.status, receiver.total, asked) == (200, 1, ["rebound.example"])
@@ -243,7 +243,7 @@ async def test_rebinding_from_public_to_loopback_is_refused_at_the_second_look_u
 async def test_redirects_are_answers(status: int, listeners: Listeners) -> None:
     async with Receiver() as receiver:
         inside = f"http://127.0.0.1:{listeners.port}/"
-        sender = HttpWebhookSender([ip_network("127.0.0.0/8")])
+        sender = HttpWebhookSender([ip_network("127.0.0.0/8")], allow_http=True)
         receiver.behave("/moved", f"redirect to={inside} status={status}")
         reply = await sender.post(receiver.url("/moved"), body=b"{}", headers={}, timeout_s=2)
         await sender.close()
@@ -256,12 +256,12 @@ async def test_no_proxy_and_no_netrc(monkeypatch: pytest.MonkeyPatch, listeners:
         monkeypatch.setenv(name, f"http://127.0.0.1:{listeners.port}")
     monkeypatch.delenv("no_proxy", raising=False)
     async with Receiver() as receiver:
-        sender = HttpWebhookSender([ip_network("127.0.0.0/8")])
+        sender = HttpWebhookSender([ip_network("127.0.0.0/8")], allow_http=True)
         await sender.post(receiver.url(), body=b"{}", headers={}, timeout_s=2)
         await sender.close()
         assert "authorization" not in receiver.requests[0].headers
         # and a refused address stays refused
-        sender = HttpWebhookSender(resolver=say)
+        sender = HttpWebhookSender(resolver=say, allow_http=True)
         assert await verdict(sender, receiver.url()) == "guard"
         await sender.close()
     assert listeners.connections == 0

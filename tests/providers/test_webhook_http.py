@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_network
 from types import MappingProxyType
@@ -16,9 +16,11 @@ import pytest
 from nightmail.errors import Permanent, Retryable
 from nightmail.fakes.webhook_receiver import Receiver
 from nightmail.fakes.webhook_script import Behaviour, head
+from nightmail.main import Servers, open_application
 from nightmail.ports import WebhookReply
 from nightmail.providers.guarded_http import SystemLookup
 from nightmail.providers.webhook_http import HttpWebhookSender, retry_after_s
+from nightmail.settings import load
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +43,7 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 @pytest.fixture
 def made_without_a_loop() -> HttpWebhookSender:
-    return HttpWebhookSender(LOOPBACK, resolver=on_loopback, concurrency=4)
+    return HttpWebhookSender(LOOPBACK, allow_http=True, resolver=on_loopback)
 
 
 @pytest.fixture
@@ -173,6 +175,29 @@ async def test_what_is_no_url_of_a_webhook_is_permanent(sender: HttpWebhookSende
         assert raised.value.code == "address_refused"
 
 
+async def test_without_leave_nothing_is_posted_in_the_clear(receiver: Receiver) -> None:
+    sender = HttpWebhookSender(LOOPBACK, resolver=on_loopback)
+    with pytest.raises(Permanent, match="must begin with https://") as raised:
+        await post(sender, receiver.url("/made/before/production"))
+    assert (raised.value.code, receiver.total) == ("address_refused", 0)
+    await sender.close()
+
+
+@pytest.mark.parametrize("env", ["production", "test"])
+async def test_production_posts_nothing_in_the_clear(receiver: Receiver, database_url: str, env: str) -> None:
+    settings = load(
+        {"nightmail_env": env, "cron_secret": "k3-Jq8-Zr1-Xw6-Pt9-Vb4-Ln7", "webhook_allow_cidrs": "127.0.0.0/8"}
+    )
+    async with open_application(settings, Servers(database_url, None)) as application:
+        webhooks = application.ports.webhooks
+        if env == "test":
+            assert (await webhooks.post(receiver.url(), body=b"{}", headers={}, timeout_s=5)).status == 200
+        else:
+            with pytest.raises(Permanent, match="address_refused"):
+                await webhooks.post(receiver.url(), body=b"{}", headers={}, timeout_s=5)
+    assert receiver.total == (env == "test")
+
+
 async def test_errors_do_not_repeat_the_secret_in_the_url(receiver: Receiver, sender: HttpWebhookSender) -> None:
     for url in (
         receiver.url("/garbage?token=secret"),
@@ -269,24 +294,96 @@ async def test_the_system_s_resolver_knows_this_machine() -> None:
     assert set(await SystemLookup()("localhost")) <= {"127.0.0.1", "::1"}
 
 
-async def test_look_ups_that_hang_end_in_time_and_hold_no_more_than_their_threads(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    go_on, asked = threading.Event(), []
+class HangingDns:
+    """Stands in for getaddrinfo: a name that begins with `hang` has no answer until it is let go."""
 
-    def hang(host: str, *_: Any, **__: Any) -> list[Any]:
-        asked.append(host)
-        go_on.wait(30)
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self._go_on = threading.Event()
+
+    def __call__(self, host: str, *_: Any, **__: Any) -> list[Any]:
+        self.asked.append(host)
+        if host.startswith("hang"):
+            self._go_on.wait(30)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
 
-    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    def let_go(self) -> None:
+        """Answer what hangs."""
+        self._go_on.set()
+
+
+@pytest.fixture
+def dns(monkeypatch: pytest.MonkeyPatch) -> Iterator[HangingDns]:
+    hanging = HangingDns()
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
+    yield hanging
+    hanging.let_go()
+
+
+async def test_all_who_ask_for_a_name_at_once_share_one_look_up(dns: HangingDns) -> None:
+    lookup = SystemLookup(threads=1)
+    waiting = [asyncio.ensure_future(lookup("hang.test")) for _ in range(3)]
+    while not dns.asked:
+        await asyncio.sleep(0)
+    waiting[0].cancel()
+    dns.let_go()
+    assert await asyncio.gather(*waiting[1:]) == [["127.0.0.1"]] * 2
+    assert dns.asked == ["hang.test"]
+    assert await lookup("hang.test") == ["127.0.0.1"]
+    assert dns.asked == ["hang.test"] * 2, "an answer is not kept: names move"
+
+
+async def test_a_name_that_hangs_fails_at_once_and_takes_no_other_thread(dns: HangingDns) -> None:
+    lookup = SystemLookup(limit_s=0.2, threads=2)
+    with pytest.raises(OSError, match="no answer from DNS within"):
+        await lookup("hang.test")
+    for _ in range(5):
+        with pytest.raises(OSError, match="still hangs"):
+            await lookup("hang.test")
+        assert await lookup("healthy.test") == ["127.0.0.1"]
+    assert dns.asked.count("hang.test") == 1
+    dns.let_go()
+    async with asyncio.timeout(20):
+        while dns.asked.count("hang.test") == 1:
+            try:
+                assert await lookup("hang.test") == ["127.0.0.1"]
+            except OSError:
+                await asyncio.sleep(0.01)  # the thread has not ended yet
+
+
+async def test_as_many_hanging_names_as_an_org_may_have_stop_nobody_else(dns: HangingDns) -> None:
+    lookup = SystemLookup()
+    hanging = [asyncio.ensure_future(lookup(f"hang-{n}.test")) for n in range(100)]
+    while len(dns.asked) < 100 and not any(one.done() for one in hanging):
+        await asyncio.sleep(0.01)
+    assert await lookup("healthy.test") == ["127.0.0.1"]
+    dns.let_go()
+    assert await asyncio.gather(*hanging) == [["127.0.0.1"]] * 100
+
+
+async def test_a_system_without_threads_left_is_a_failed_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    lookup = SystemLookup(threads=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            with pytest.raises(OSError, match="can't start new thread"):
+                await lookup("one.test")
+    assert set(await lookup("localhost")) <= {"127.0.0.1", "::1"}, "its slot is free again"
+
+
+async def test_look_ups_that_hang_end_in_time_and_hold_no_more_than_their_threads(
+    dns: HangingDns,
+) -> None:
     lookup = SystemLookup(limit_s=0.1, threads=1)
-    for host in ("one.test", "two.test"):
+    for host in ("hang-one.test", "hang-two.test"):
         with pytest.raises(OSError, match="no answer from DNS within"):
             await lookup(host)
-    assert asked == ["one.test"]
-    go_on.set()
-    while not asked[1:]:
+    assert dns.asked == ["hang-one.test"]
+    dns.let_go()
+    while not dns.asked[1:]:
         try:
             assert await lookup("three.test") == ["127.0.0.1"]
         except OSError:

@@ -26,7 +26,7 @@ def ask(url: str, data: Any = None) -> Any:
 
 
 async def test_behaviours_follow_one_another_and_requests_are_kept() -> None:
-    sender = HttpWebhookSender([ip_network("127.0.0.0/8")])
+    sender = HttpWebhookSender([ip_network("127.0.0.0/8")], allow_http=True)
     async with Receiver() as receiver:
         receiver.behave("/hook", "fail 2 503 retry_after=9", "gone", "ok")
         replies = [
@@ -42,7 +42,7 @@ async def test_behaviours_follow_one_another_and_requests_are_kept() -> None:
 
 
 async def test_requests_open_at_once_are_counted_by_event_and_path() -> None:
-    sender = HttpWebhookSender([ip_network("127.0.0.0/8")])
+    sender = HttpWebhookSender([ip_network("127.0.0.0/8")], allow_http=True)
     async with Receiver() as receiver:
         posts = [
             asyncio.create_task(
@@ -65,7 +65,7 @@ async def test_as_a_process_with_a_log_and_controls(tmp_path: Path) -> None:
     command += ["--behave", "/hook", "status 500"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    sender = HttpWebhookSender([ip_network("127.0.0.0/8")])
+    sender = HttpWebhookSender([ip_network("127.0.0.0/8")], allow_http=True)
     try:
         ready, url = process.stdout.readline().split()
         assert ready == "ready"

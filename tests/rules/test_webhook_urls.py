@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from yarl import URL
 
-from nightmail.rules.webhook_urls import MAX_LENGTH, check_webhook_url
+from nightmail.rules.webhook_urls import MAX_LENGTH, check_webhook_url, mask_url
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,22 @@ def test_refused_with_words(text: str, words: str) -> None:
 def test_http_where_it_is_allowed() -> None:
     assert check_webhook_url("http://localhost:3000/a", allow_http=True) == "http://localhost:3000/a"
     assert check_webhook_url("http://example.com:80/", allow_http=True) == "http://example.com/"
+
+
+@pytest.mark.parametrize(
+    ("url", "masked"),
+    [
+        ("https://example.com/hooks?token=SECRET&a=://b/?", "https://example.com/hooks?…"),
+        ("https://example.com/hooks", "https://example.com/hooks"),
+        ("https://example.com/?", "https://example.com/?…"),
+        ("https://SECRET:SECRET@example.com:8443/a@b", "https://…@example.com:8443/a@b"),
+        ("https://SECRET@SECRET@example.com?SECRET@x", "https://…@example.com?…"),
+        ("SECRETless", "SECRETless"),
+        ("", ""),
+    ],
+)
+def test_lists_and_logs_show_no_query_and_no_password(url: str, masked: str) -> None:
+    assert mask_url(url) == masked
 
 
 _PIECES = st.sampled_from(

@@ -81,6 +81,15 @@ async def test_two_requests_cannot_both_take_the_last_place(database_url: str, o
         assert await ask(one, "SELECT count(*) FROM webhook_endpoints") == [(MAX_ENDPOINTS,)]
 
 
+async def test_what_prints_an_endpoint_does_not_print_its_secret(database_url: str, org_id: UUID) -> None:
+    async with connect(database_url) as conn:
+        endpoint_id = await insert(conn, org_id)
+        view = await webhook_endpoints.get_endpoint(conn, org_id=org_id, env="live", endpoint_id=endpoint_id)
+    assert view is not None
+    assert view.secret == ENDPOINT.secret
+    assert ENDPOINT.secret not in repr(view) + repr(ENDPOINT)
+
+
 async def test_a_new_endpoint_does_not_hold_up_the_orgs_messages(database_url: str, org_id: UUID) -> None:
     """Its lock on the org must not meet the key locks of inserts that name the org."""
     async with connect(database_url) as one, connect(database_url) as two:

@@ -205,7 +205,83 @@ def test_a_message_shows_provider_events_by_recipient_and_its_deliveries(site: S
     assert mail not in get(site, f"/dashboard/messages/{other}").text.partition(">Webhooks</h2>")[2]
 
 
+def _event_at(site: Server, org: Org, webhook: str, mail: str | UUID | None, moment: datetime) -> UUID:
+    """Let a fact have been told to an endpoint at that time."""
+    event = _id_at(moment)
+    site.rows(
+        "INSERT INTO webhook_deliveries (endpoint_id, event_id, org_id, topic, message_id, occurred_at, due_at)"
+        " VALUES (%s, %s, %s, 'email.opened', %s, %s, %s)",
+        webhook, event, org.id, mail, moment, moment,
+    )  # fmt: skip
+    return event
+
+
+def _recorded_at(site: Server, org: Org, mail: str, moments: list[datetime]) -> None:
+    """Let only these times be known of a message's events."""
+    site.rows("DELETE FROM message_events")
+    for n, moment in enumerate(moments):
+        site.rows(
+            "INSERT INTO message_events (message_id, org_id, kind, provider_ref, occurred_at, recorded_at)"
+            " VALUES (%s, %s, 'opened', %s, %s, %s)",
+            mail, org.id, str(n), moment, moment,
+        )  # fmt: skip
+
+
+def test_events_near_each_other_are_looked_through_once(
+    site: Server, org: Org, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SPANS_MAX", 30)
+    webhook = create(site, org, events=MESSAGES)
+    mail = send(site, org, scheduled_at="in 1 hour")
+    site.rows("DELETE FROM webhook_deliveries")
+    start = (now() - timedelta(hours=2)).replace(microsecond=0)
+    moments = [start + timedelta(seconds=3 * n) for n in range(20)] + [start + timedelta(hours=1)]
+    _recorded_at(site, org, mail, moments)
+    told = [_event_at(site, org, webhook, mail, moment + timedelta(seconds=1.5)) for moment in moments]
+    for n in range(80):
+        _event_at(site, org, webhook, None, start + timedelta(seconds=n))
+    arguments = {"message_id": UUID(mail), "spans": 30, "scan": 10_000, "limit": 200}
+    with psycopg.connect(site.conninfo, autocommit=True) as conn:
+        row = conn.execute(f"EXPLAIN (FORMAT JSON, ANALYZE) {store.OF_MESSAGE}", arguments).fetchone()
+    assert row is not None
+    read = [node for node in _nodes(row[0][0]["Plan"]) if node.get("Relation Name") == "webhook_deliveries"]
+    assert sum(node["Actual Rows"] * node["Actual Loops"] for node in read) <= 21 + 80
+    found = _ask(site.conninfo, lambda conn: store.deliveries_of_message(conn, UUID(mail)))
+    assert ([one.row.event_id for one in found.rows], found.is_cut) == (told, False)
+    assert "may be more deliveries" not in get(site, f"/dashboard/messages/{mail}").text
+
+
+@pytest.mark.parametrize("bound", ["OF_MESSAGE_SCAN", "SPANS_MAX", "OF_MESSAGE_LIMIT"])
+def test_a_message_page_says_when_it_did_not_look_at_everything(
+    site: Server, org: Org, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    webhook = create(site, org, events=MESSAGES)
+    mail = send(site, org, scheduled_at="in 1 hour")
+    site.rows("DELETE FROM webhook_deliveries")
+    start = (now() - timedelta(hours=2)).replace(microsecond=0)
+    _recorded_at(site, org, mail, [start, start + timedelta(minutes=1)])
+    # Some are found, and of what lies behind them nothing is known.
+    told = [_event_at(site, org, webhook, mail, start + timedelta(milliseconds=10 * n)) for n in range(8)]
+    monkeypatch.setattr(store, bound, {"OF_MESSAGE_SCAN": 10, "SPANS_MAX": 1, "OF_MESSAGE_LIMIT": 5}[bound])
+    found = _ask(site.conninfo, lambda conn: store.deliveries_of_message(conn, UUID(mail)))
+    expected = {"OF_MESSAGE_SCAN": 6, "SPANS_MAX": 8, "OF_MESSAGE_LIMIT": 5}[bound]
+    assert ([one.row.event_id for one in found.rows], found.is_cut) == (told[:expected], True)
+    assert "may be more deliveries" in get(site, f"/dashboard/messages/{mail}").text
+
+
 # ── what stays hidden, and what may not act ──
+
+
+def test_lists_show_no_query_of_a_url(site: Server, org: Org) -> None:
+    url = "https://hooks.example.com/in?token=SECRET1"
+    webhook = create(site, org, events=MESSAGES, endpoint=url)
+    mail = send(site, org, scheduled_at="in 1 hour")
+    [event] = event_ids(site, webhook)
+    for path in ("webhooks", f"messages/{mail}", f"webhooks/{webhook}/{event}"):
+        text = get(site, f"/dashboard/{path}").text
+        assert "https://hooks.example.com/in?…" in text, path
+        assert "SECRET1" not in text, path
+    assert url in get(site, f"/dashboard/webhooks/{webhook}").text
 
 
 def test_nothing_from_outside_acts_and_no_page_shows_a_secret(site: Server, org: Org) -> None:

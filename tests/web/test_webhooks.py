@@ -172,6 +172,18 @@ def test_secrets_stay_with_the_endpoint(server: Server, org: Org) -> None:
     assert get(server, org, first["id"])["previous_secret_expires_at"] is None
 
 
+def test_the_query_of_a_url_stays_out_of_the_audit_log(server: Server, org: Org) -> None:
+    wanted = {"endpoint": "https://hooks.example.com/in?token=SECRET1", "events": ["email.sent"]}
+    webhook = server.call("POST", "/webhooks", org.live_key, wanted).json()["id"]
+    change = {"endpoint": "https://hooks.example.com/other?token=SECRET2"}
+    assert server.call("PATCH", f"/webhooks/{webhook}", org.live_key, change).ok
+    assert get(server, org, webhook)["endpoint"] == change["endpoint"]
+    assert server.call("DELETE", f"/webhooks/{webhook}", org.live_key).ok
+    log = "SELECT detail ->> 'url' FROM audit_logs WHERE target = %s ORDER BY id"
+    masked = [("https://hooks.example.com/in?…",)] + [("https://hooks.example.com/other?…",)] * 2
+    assert server.rows(log, webhook) == masked
+
+
 def test_a_test_key_hears_of_test_events_only(server: Server, org: Org, webhook: str) -> None:
     wanted = {"endpoint": URL, "events": ["domain.verified"]}
     other = server.call("POST", "/webhooks", org.test_key, wanted).json()["id"]

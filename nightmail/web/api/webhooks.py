@@ -14,7 +14,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Meta
 
-from nightmail.rules.webhook_urls import check_webhook_url
+from nightmail.rules.webhook_urls import MAX_LENGTH, check_webhook_url
 from nightmail.rules.webhooks import (
     NIGHTMAIL_TYPES,
     RESEND_TYPES,
@@ -35,11 +35,10 @@ from nightmail.web.paging import ListOf, Page
 from nightmail.web.problems import invalid, not_found
 from nightmail.webhooks.signature import new_secret
 
-MAX_URL = 2048
 MAX_TYPES = 100
 UrlText = Annotated[
     str,
-    Meta(min_length=1, max_length=MAX_URL, description="An https address; http too outside production."),
+    Meta(min_length=1, max_length=MAX_LENGTH, description="An https address; http too outside production."),
 ]
 EventNames = Annotated[
     list[Annotated[str, Meta(min_length=1, max_length=100)]],
@@ -290,12 +289,9 @@ def _read_events(names: Sequence[str], dialect: Dialect | None) -> tuple[Dialect
 
 def _read_url(call: Call[Any], text: str) -> str:
     try:
-        url = check_webhook_url(text, allow_http=call.services.settings.nightmail_env != "production")
+        return check_webhook_url(text, allow_http=call.services.settings.nightmail_env != "production")
     except ValueError as error:
         raise invalid(f"Invalid `endpoint` field: {error}.") from None
-    if len(url) > MAX_URL:
-        raise invalid(f"Invalid `endpoint` field: must not be longer than {MAX_URL} characters when it is encoded.")
-    return url
 
 
 def _read_description(text: str) -> str:
