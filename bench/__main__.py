@@ -26,7 +26,7 @@ from bench import (
     starve,
 )
 from bench.plan import FULL, NORMAL, QUICK, Plan, Tell
-from bench.report import OUTPUT, Section, show, to_markdown
+from bench.report import OUTPUT, Section, merge, show, to_markdown
 from bench.server import Bench, open_bench
 
 Benchmark = Callable[[Bench, Plan, Tell], Section]
@@ -64,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = time.monotonic() - began
     if options.output is not None:
         command = " ".join(["python -m bench", *(arguments if arguments is not None else sys.argv[1:])])
-        options.output.write_text(to_markdown(sections, command=command, seconds=seconds, load=load))
+        report = to_markdown(sections, command=command, seconds=seconds, load=load)
+        if options.merge and options.output.exists():
+            report = merge(options.output.read_text(), report)
+        options.output.write_text(report)
         console.print(f"written to {options.output}")
     unmet = [check for section in sections for check in section.checks if not check.is_met]
     console.print(f"{seconds:.0f} s, {len(unmet)} bounds not met")
@@ -78,6 +81,7 @@ def _read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="seconds instead of minutes: does it still run?")
     size.add_argument("--full", action="store_true", help="also with ten million stored rows")
     parser.add_argument("--output", type=Path, help="write the report here; docs/benchmarks.md when all run")
+    parser.add_argument("--merge", action="store_true", help="keep what FILE says of benchmarks that do not run now")
     options = parser.parse_args(arguments)
     if options.output is None and not options.names and not options.quick:
         options.output = OUTPUT

@@ -96,10 +96,9 @@ def to_markdown(sections: Sequence[Section], *, command: str, seconds: float, lo
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in facts(command, seconds, load)),
         "",
-        "## Bounds",
+        BOUNDS,
         "",
-        "| number | measured | bound | met |",
-        "| --- | ---: | --- | --- |",
+        *BOUNDS_HEAD,
         *(
             f"| {check.name} | {check.value:.2f} | {check.bound} | {'yes' if check.is_met else '**no**'} |"
             for section in sections
@@ -107,13 +106,40 @@ def to_markdown(sections: Sequence[Section], *, command: str, seconds: float, lo
         ),
         "",
     ]
+    run = f"Run at {_commit()}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, load average {load:.2f} at its start."
     for section in sections:
-        parts += [f"## {section.title}", "", *section.lines, ""]
+        parts += [f"## {section.title}", "", *section.lines, run, ""]
         parts.append("| " + " | ".join(section.columns) + " |")
         parts.append("| --- |" + " ---: |" * (len(section.columns) - 1))
         parts += ["| " + " | ".join(row) + " |" for row in section.rows]
         parts.append("")
     return "\n".join(parts)
+
+
+def merge(old: str, new: str) -> str:
+    """Return the new report with the old one's sections, and their bounds, that were not measured now."""
+    head, bounds, sections = _split(new)
+    _, old_bounds, old_sections = _split(old)
+    kept = {name: row for name, row in old_bounds.items() if name not in bounds}
+    rows = [*kept.values(), *bounds.values()]
+    parts = [head.rstrip(), "", BOUNDS, "", *BOUNDS_HEAD, *rows, ""]
+    for title, text in {**old_sections, **sections}.items():
+        parts += [title, text.rstrip(), ""]
+    return "\n".join(parts).replace(f"\n{BOUNDS}\n", f"\n{MERGED}\n\n{BOUNDS}\n", 1)
+
+
+BOUNDS = "## Bounds"
+BOUNDS_HEAD = ("| number | measured | bound | met |", "| --- | ---: | --- | --- |")
+MERGED = "The table above is of the newest run; each section says when it was measured."
+
+
+def _split(report: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    """Return a report's head, its bounds by name and its sections by heading."""
+    head, _, rest = report.replace(f"\n{MERGED}\n", "").partition(f"{BOUNDS}\n")
+    table, *sections = rest.split("\n## ")
+    rows = [row for row in table.splitlines() if row.startswith("| ") and row not in BOUNDS_HEAD]
+    by_title = {"## " + text.partition("\n")[0]: text.partition("\n")[2] for text in sections}
+    return head, {row.split(" | ")[0]: row for row in rows}, by_title
 
 
 def facts(command: str, seconds: float, load: float) -> list[tuple[str, str]]:

@@ -37,8 +37,8 @@ from nightmail.webhooks.stamp import keep_bodies
 JOB = "retry-webhooks"
 KEYS = ("claimed", "delivered", "retried", "failed", "disabled")
 COUNTED_AS: Mapping[Kind, str] = {"delivered": "delivered", "failed": "failed", "retry": "retried", "cut": "retried"}
-# The source says 100 a batch. A claim lasts as long as a commit (docs/decisions/0018): with twice as many, posts wait for
-# none.
+# The source says 100 a batch. A claim lasts as long as a commit: with twice as many, posts wait for none
+# (docs/decisions/0018).
 CLAIM_LIMIT = 200
 # Posts to endpoints in good health begin until this part of the timeout is left of the run.
 LEAST_PART = 1 / 3

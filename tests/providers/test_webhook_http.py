@@ -242,18 +242,13 @@ async def test_cookies_are_not_kept(receiver: Receiver, sender: HttpWebhookSende
     assert "cookie" not in receiver.requests[1].headers
 
 
-async def test_at_most_so_many_connections(receiver: Receiver, sender: HttpWebhookSender) -> None:
-    await asyncio.gather(*(post(sender, receiver.url("/delay/0.02")) for _ in range(12)))
-    assert receiver.most_open == {"/delay/0.02": 4}
-
-
-async def test_waiting_for_a_connection_counts_as_time(receiver: Receiver, sender: HttpWebhookSender) -> None:
-    hanging = [asyncio.create_task(post(sender, receiver.url("/hang"))) for _ in range(4)]
-    await receiver.wait_for(4)
-    assert await failure(sender, receiver.url("/ok"), timeout_s=0.2) == "timeout"
-    assert receiver.total == 4
+async def test_a_post_never_waits_for_anothers_connection(receiver: Receiver, sender: HttpWebhookSender) -> None:
+    """The runs bound their posts; a wait here would look like an endpoint that does not answer."""
+    hanging = [asyncio.create_task(post(sender, receiver.url("/hang"))) for _ in range(150)]
+    await receiver.wait_for(150)
+    await post(sender, receiver.url("/ok"))
     receiver.release()
-    assert [reply.status for reply in await asyncio.gather(*hanging)] == [200] * 4
+    assert {reply.status for reply in await asyncio.gather(*hanging)} == {200}
 
 
 async def test_closing_twice_and_posting_again(receiver: Receiver, made_without_a_loop: HttpWebhookSender) -> None:
