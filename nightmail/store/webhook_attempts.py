@@ -7,10 +7,12 @@ themselves, then deliveries of `webhook.disabled` to the org's other endpoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 from uuid import UUID
+
+import msgspec
 
 from nightmail.ids import new_id
 from nightmail.rules.webhooks import BREAKER_BASE_S, BREAKER_FAILURES, BREAKER_MAX_S, DISABLE_AFTER_DAYS
@@ -20,8 +22,7 @@ from nightmail.store.fan_out import Fact, fan_out
 Kind = Literal["delivered", "retry", "failed", "cut", "unsent"]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """How one attempt ended.
 
     `cut` is one that we broke off ourselves: not counted, due again at once; `unsent` the same without a POST.
@@ -47,7 +48,7 @@ class Outcome:
     is_post: bool = True
     is_telling: bool = True
     url: str = ""
-    id: UUID = field(default_factory=new_id)
+    id: UUID = msgspec.field(default_factory=new_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ new version and not reach it, and the number would be missing for ever.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
+
+import msgspec
 
 from nightmail.ids import new_claim_id
 from nightmail.rules.webhooks import BREAKER_FAILURES, Dialect, Status
@@ -25,8 +26,7 @@ from nightmail.store.database import Connection
 REMOVED = "endpoint disabled or removed"
 
 
-@dataclass(frozen=True, slots=True)
-class Stamped:
+class Stamped(msgspec.Struct, frozen=True):
     """A delivery that was fresh until now: numbered, its body to be made from these."""
 
     endpoint_id: UUID
@@ -38,8 +38,7 @@ class Stamped:
     message: tuple[Any, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(msgspec.Struct, frozen=True):
     """A delivery we hold until its lease ends.
 
     `attempts` counts this one; `takeovers` how often a runner died that held it. `body` is None when `fresh` says what

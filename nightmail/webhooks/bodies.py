@@ -6,7 +6,6 @@ Nightmail: {"type", "timestamp", "data"}. Resend: {"type", "created_at", "data"}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -17,8 +16,7 @@ from nightmail.rules.addresses import bare_address
 from nightmail.rules.webhooks import Dialect, type_of
 
 
-@dataclass(frozen=True, slots=True)
-class AboutMessage:
+class AboutMessage(msgspec.Struct, frozen=True):
     """What a body tells of the message the event is about; `to`, `cc` and `tags` are None when its content is gone."""
 
     id: UUID
@@ -35,8 +33,7 @@ class AboutMessage:
     provider_message_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """A delivery's row as the body needs it; `message` is None when the event is about something else."""
 
     topic: str

@@ -16,10 +16,10 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from uuid import UUID
 
+import msgspec
 import psycopg
 
 from nightmail.clock import monotonic, now
@@ -63,8 +63,7 @@ PROBE_S = 0.005
 STOP_S = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(msgspec.Struct, frozen=True):
     """A claimed delivery with its body, and the monotonic time until which its post may begin."""
 
     claimed: Claimed
@@ -93,12 +92,13 @@ class DeliveryRun:
         self.per_endpoint = ctx.settings.webhook_endpoint_concurrency
         self.counts: Counter[str] = Counter()
         self.held: deque[Held] = deque()
-        self.posts: dict[asyncio.Task[None], Claimed] = {}
+        self.posts: dict[asyncio.Task[None], tuple[Claimed, bool]] = {}  # and whether it was begun as a slow one
         self.flying: Counter[UUID] = Counter()  # posts under way, by endpoint
         # Endpoints whose last answer was quick. The others, slow or not yet known, never get all slots: however many
         # hang or dawdle, some are left for the quick.
         self.quick: set[UUID] = set()
         self.slow_limit = max(1, int(self.limit * (1 - QUICK_PART)))
+        self.slow_posts = 0
         # By endpoint: held, under way, or failed and not yet recorded. Until then the claim knows nothing of a failure,
         # and an endpoint that has just failed or gone must not be given more: nothing held for it is begun either.
         self.busy: Counter[UUID] = Counter()
@@ -243,15 +243,9 @@ class DeliveryRun:
 
     # ── post ──
 
-    @property
-    def slow_posts(self) -> int:
-        """Return how many posts are under way to endpoints that are not known to be quick."""
-        return sum(posts for endpoint_id, posts in self.flying.items() if endpoint_id not in self.quick)
-
     def begin(self) -> None:
         """Start what is held, in order, as far as there are slots, and its endpoint has one and has not just failed."""
         waiting: list[Held] = []
-        slow_posts = self.slow_posts
         while self.held and len(self.posts) < self.limit:
             one = self.held.popleft()
             endpoint_id = one.claimed.endpoint_id
@@ -259,19 +253,20 @@ class DeliveryRun:
                 self.put_back(one)
                 continue
             is_slow = endpoint_id not in self.quick
-            if self.flying[endpoint_id] >= self.per_endpoint or (is_slow and slow_posts >= self.slow_limit):
+            if self.flying[endpoint_id] >= self.per_endpoint or (is_slow and self.slow_posts >= self.slow_limit):
                 waiting.append(one)
                 continue
-            slow_posts += is_slow
+            self.slow_posts += is_slow
             task = asyncio.create_task(self.post(one))
-            self.posts[task] = one.claimed
+            self.posts[task] = (one.claimed, is_slow)
             self.flying[endpoint_id] += 1
             task.add_done_callback(self.ended)
         self.held.extendleft(reversed(waiting))
 
     def ended(self, task: asyncio.Task[None]) -> None:
         """Give the slot to what is held; an error here is a defect of ours, with which the run ends."""
-        one = self.posts.pop(task)
+        one, is_slow = self.posts.pop(task)
+        self.slow_posts -= is_slow
         _take_off(self.flying, one.endpoint_id)
         _take_off(self.busy, one.endpoint_id)
         self.post_ended.set()
@@ -343,7 +338,7 @@ class DeliveryRun:
             self.failed_meanwhile.add(outcome.endpoint_id)
             self.ailing.add(outcome.endpoint_id)
         elif outcome.endpoint_id in self.ailing:
-            outcome = replace(outcome, is_healthy=False)
+            outcome = msgspec.structs.replace(outcome, is_healthy=False)
         self.results.append(outcome)
         self.result_arrived.set()
         if len(self.results) >= FLUSH_AT or outcome.is_gone:
