@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, venv and make; uses uv when it is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-node lint format bench chaos simulate docs lock clean
+.PHONY: help setup demo test test-node test-bench lint format bench chaos simulate docs lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,6 +26,9 @@ test: $(STAMP) ## Run the tests (under 6 minutes on 2 cores)
 test-node: $(STAMP) ## Run the official Node SDK and verifiers against Nightmail (needs npm)
 	@npm install --silent --no-audit --no-fund --prefix .node resend@6.38.0 svix@2.5.0 standardwebhooks@1.1.1
 	@NODE_RESEND=$(CURDIR)/.node $(BIN)/python -m pytest tests/node
+
+test-bench: $(STAMP) ## Run every benchmark for some seconds: does it still work?
+	@$(BIN)/python -m pytest tests/bench -m bench -n $(JOBS) --dist worksteal
 
 lint: $(STAMP) ## Formatting, lint, types, import contracts, migrations
 	@$(BIN)/ruff format --check .

@@ -26,6 +26,7 @@ from bench.delivering import FirstReplies, TimedRun
 from nightmail.clock import monotonic
 from nightmail.engine.crash import CrashPoints
 from nightmail.engine.deadline import Deadline
+from nightmail.engine.heap import settle_heap
 from nightmail.engine.job import JobContext
 from nightmail.engine.runner import Engine
 from nightmail.engine.send_rate import Unlimited
@@ -222,6 +223,7 @@ async def main() -> None:
     """Do the task of the command line."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     task: Task = json.loads(sys.argv[1])
+    settle_heap()  # as every process of ours does; the floors too
     print(await KINDS[task["kind"]](task, Stopwatch()), flush=True)
 
 

@@ -19,6 +19,7 @@ from nightmail.clock import monotonic
 from nightmail.embedded import start
 from nightmail.engine.alerts import Alerts
 from nightmail.engine.crash import CrashPoints
+from nightmail.engine.heap import settle_heap
 from nightmail.engine.runner import Engine
 from nightmail.engine.scheduler import Dispatcher, Scheduler
 from nightmail.engine.send_rate import build_send_rate, connect_valkey
@@ -134,6 +135,7 @@ async def open_application(settings: Settings, servers: Servers) -> AsyncIterato
     engine = Engine(JOBS, database, ports, settings, socket.gethostname(), stopping, crash, alerts)
     engine.after_run = deliver.deliver_after
     await database.open()
+    settle_heap()
     application = Application(settings, database, valkey, ports, engine, Ticker(engine), alerts, stopping)
     try:
         yield application

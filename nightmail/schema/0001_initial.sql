@@ -11,7 +11,7 @@ RETURN statement_timestamp()
 -- UUIDv7: PostgreSQL 18 has it, older servers get the same layout from RFC 9562 section 5.7.
 DO $do$
 BEGIN
-    IF to_regproc('pg_catalog.uuidv7') IS NOT NULL THEN
+    IF to_regprocedure('pg_catalog.uuidv7()') IS NOT NULL THEN
         CREATE FUNCTION nm_uuid7() RETURNS uuid LANGUAGE sql VOLATILE PARALLEL SAFE
         RETURN uuidv7();
     ELSE

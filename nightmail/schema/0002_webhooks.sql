@@ -1,7 +1,7 @@
 -- Facts become deliveries: endpoints, deliveries, attempts.
 
--- The nth id of a set: `base` (a UUIDv7 as text) with its last 16 bits replaced. A UUIDv7 costs 5 us, for its 62 random
--- bits; a set needs them once. Two sets with the same base would differ in 46 random bits and the microsecond.
+-- The nth id of a set: `base` (a UUIDv7 as text) with its last 16 bits replaced. A UUIDv7 costs 3 to 5 us, for its 62
+-- random bits; a set needs them once. Two sets with the same base would differ in 46 random bits and the microsecond.
 CREATE FUNCTION nm_nth_id(base text, n bigint) RETURNS uuid
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN (left(base, 32) || lpad(to_hex(n), 4, '0'))::uuid;

