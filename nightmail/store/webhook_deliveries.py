@@ -167,7 +167,7 @@ async def claim_deliveries(
     endpoints whose last attempt failed, `only` all but these (None: no endpoint).
     """
     claim_id = new_claim_id()
-    cursor = await conn.cursor(binary=True).execute(  # a quarter less work for 26 columns
+    cursor = await conn.execute(
         CLAIM,
         {
             "claim_id": claim_id,
@@ -180,6 +180,7 @@ async def claim_deliveries(
             "only_healthy": only_healthy,
             "only": only,
         },
+        binary=True,  # a quarter less work for 26 columns
     )
     claimed = []
     for row in await cursor.fetchall():

@@ -133,10 +133,10 @@ class Listening:
         self.transaction = conn.transaction
         self.heard: list[tuple[str, dict[str, Any]]] = []
 
-    async def execute(self, statement: str, arguments: dict[str, Any] | None = None) -> Any:
+    async def execute(self, statement: str, arguments: dict[str, Any] | None = None, **options: bool) -> Any:
         """Note and run."""
         self.heard.append((statement, arguments or {}))
-        return await self.conn.execute(statement, arguments)
+        return await self.conn.execute(statement, arguments, **options)
 
 
 def outcome(endpoint_id: UUID, event_id: UUID, claim_id: UUID, kind: webhook_attempts.Kind) -> Outcome:
