@@ -63,7 +63,8 @@ async def test_runs_at_once_post_each_delivery_once(desk: Desk, runs: int, endpo
         await desk.tell(facts // 4)
     done = await drain(desk, runs, webhook_endpoint_concurrency=5, webhook_concurrency=20)
     assert sum(one["delivered"] for one in done) == sum(one["claimed"] for one in done) == facts * endpoints
-    assert sum(one["delivered"] > 0 for one in done) == runs
+    # A run claims four rounds ahead, 80 of these 240: a fourth may come too late, one alone may not have it all.
+    assert sum(one["delivered"] > 0 for one in done) >= 2
     requests = [request for path in paths for request in desk.receiver.received(path)]
     assert len(requests) == facts * endpoints
     assert len({(request.path, request.webhook_id) for request in requests}) == len(requests)
