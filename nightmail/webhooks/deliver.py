@@ -45,8 +45,9 @@ ROUNDS_AHEAD = 4
 LEAST_PART = 1 / 3
 # What is under way is broken off this long before the run must have ended, so that it can still be written.
 CUT_BEFORE_S = 0.75
-# A delivery whose runner died so often may be what kills it.
-MAX_TAKEOVERS = 5
+# A delivery whose runner died so often may be what kills it. Far above what a crash loop of another cause reaches: most
+# of what a runner holds when it dies was not even begun.
+MAX_TAKEOVERS = 100
 # An endpoint that answered this soon keeps its right to all slots; the others together get at most QUICK_PART less.
 QUICK_S = 1.0
 QUICK_PART = 1 / 4

@@ -96,7 +96,7 @@ async def test_a_commit_whose_answer_was_lost_is_written_once(desk: Desk) -> Non
 
 
 async def test_dead_runners_use_up_no_attempt(desk: Desk) -> None:
-    """Four die with it; the schedule still has all its attempts. A sixth death is the delivery's own fault."""
+    """Four die with it; the schedule still has all its attempts. The hundredth and first is its own fault."""
     desk.add_endpoint("/status/500", schedule="5s 5s")
     await desk.tell(2)
     for _ in range(4):
@@ -104,13 +104,13 @@ async def test_dead_runners_use_up_no_attempt(desk: Desk) -> None:
         desk.execute("UPDATE webhook_deliveries SET due_at = now()")
     assert (await desk.deliver())["retried"] == 2
     assert desk.ask("SELECT DISTINCT attempts, takeovers FROM webhook_deliveries") == [(1, 4)]
-    desk.execute("UPDATE webhook_deliveries SET due_at = now(), takeovers = 5, claim_id = gen_random_uuid()")
+    desk.execute("UPDATE webhook_deliveries SET due_at = now(), takeovers = 100, claim_id = gen_random_uuid()")
     posts = len(desk.receiver.requests)
     assert (await desk.deliver())["failed"] == 2
     assert len(desk.receiver.requests) == posts
     assert desk.ask("SELECT count(*) FROM webhook_attempts") == [2]
     assert {*desk.ask("SELECT reason FROM webhook_deliveries")} == {
-        "attempts exhausted: 6 runners died while they held it"
+        "attempts exhausted: 101 runners died while they held it"
     }
 
 
