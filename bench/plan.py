@@ -36,6 +36,7 @@ class Plan:
     starve_due: int = 100
     fan_out_messages: int = 40_000
     arrivals: int = 200
+    credit_users: int = 100_000
     is_quick: bool = False
 
 
@@ -63,6 +64,7 @@ QUICK = Plan(
     starve_due=20,
     fan_out_messages=1_000,
     arrivals=10,
+    credit_users=2_000,
     is_quick=True,
 )
 

@@ -107,7 +107,13 @@ def test_an_org_a_key_a_run_and_a_clean_audit(database_url: str) -> None:
 def test_the_list_of_jobs_says_which_are_built() -> None:
     jobs = answer(nightmail("jobs", "--json"))
     assert len(jobs) == 13
-    assert {job["job"] for job in jobs if job["built"]} == {"send-scheduled", "retry-webhooks", "cleanup-idempotency"}
+    assert {job["job"] for job in jobs if job["built"]} == {
+        "send-scheduled",
+        "retry-webhooks",
+        "cleanup-idempotency",
+        "credits-grant",
+        "credits-expire",
+    }
     assert "not built yet" in nightmail("jobs").stdout
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nightmail.engine.job import JobSpec
-from nightmail.jobs import cleanup_idempotency, retry_webhooks, send_scheduled
+from nightmail.jobs import cleanup_idempotency, credits_expire, credits_grant, retry_webhooks, send_scheduled
 
 JOBS: tuple[JobSpec, ...] = (
     JobSpec(
@@ -117,8 +117,9 @@ JOBS: tuple[JobSpec, ...] = (
         schedule="0 0 * * *",
         title="Credits Grant Job",
         starting="daily grant process",
-        keys=("processed", "successful", "skipped", "failed"),
+        keys=credits_grant.KEYS,
         holds="table",
+        run=credits_grant.run,
     ),
     JobSpec(
         name="credits-expire",
@@ -126,8 +127,9 @@ JOBS: tuple[JobSpec, ...] = (
         schedule="0 1 * * *",
         title="Credits Expire Job",
         starting="daily expiry process",
-        keys=("processed_batches", "processed_users", "total_expired_amount"),
+        keys=credits_expire.KEYS,
         holds="table",
+        run=credits_expire.run,
         after=("credits-grant",),
     ),
 )

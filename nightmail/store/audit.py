@@ -177,6 +177,162 @@ INVARIANTS: tuple[Invariant, ...] = (
           AND d.body IS NULL
         """,
     ),
+    Invariant(
+        "credit_balance",
+        "a wallet's balance is what its batches hold, the sum of its entries and the balance after the last of them",
+        """
+        SELECT a.id
+        FROM credit_accounts AS a
+        LEFT JOIN (
+            SELECT account_id, sum(remaining + reserved) AS held FROM credit_batches GROUP BY account_id
+        ) AS b ON b.account_id = a.id
+        LEFT JOIN (
+            SELECT account_id, sum(amount) AS moved, count(*) AS entries, max(seq) AS last
+            FROM credit_entries
+            WHERE account = 'wallet'
+            GROUP BY account_id
+        ) AS e ON e.account_id = a.id
+        LEFT JOIN credit_entries AS newest ON newest.account_id = a.id AND newest.seq = a.seq
+        WHERE a.balance <> coalesce(b.held, 0)
+           OR a.balance <> coalesce(e.moved, 0)
+           OR a.balance <> coalesce(newest.balance_after, 0)
+           OR a.seq <> coalesce(e.entries, 0)
+           OR a.seq <> coalesce(e.last, 0)
+        """,
+    ),
+    Invariant(
+        "credit_running_balance",
+        "each entry of a wallet continues the balance of the one before",
+        """
+        SELECT account_id
+        FROM (
+            SELECT account_id, amount, balance_after,
+                   lag(balance_after, 1, 0::bigint) OVER (PARTITION BY account_id ORDER BY seq) AS before
+            FROM credit_entries
+            WHERE seq IS NOT NULL
+        ) AS e
+        WHERE balance_after <> before + amount
+           OR balance_after < 0
+        """,
+    ),
+    Invariant(
+        "credit_batches",
+        "what a batch was granted, consumed and expired is what the entries say, and nothing of it is negative",
+        """
+        SELECT b.id
+        FROM credit_batches AS b
+        LEFT JOIN (
+            SELECT e.batch_id,
+                   sum(e.amount) FILTER (WHERE e.amount > 0) AS granted,
+                   -sum(e.amount) FILTER (WHERE e.amount < 0) AS gone
+            FROM credit_entries AS e
+            WHERE e.batch_id IS NOT NULL
+            GROUP BY e.batch_id
+        ) AS e ON e.batch_id = b.id
+        WHERE b.granted <> coalesce(e.granted, 0)
+           OR b.consumed + b.expired <> coalesce(e.gone, 0)
+           OR b.granted <> b.remaining + b.reserved + b.consumed + b.expired
+           OR least(b.remaining, b.reserved, b.consumed, b.expired) < 0
+        """,
+    ),
+    Invariant(
+        "credit_zero",
+        "the entries of a credit transaction sum to zero, and each belongs to one",
+        """
+        SELECT e.transaction_id
+        FROM credit_entries AS e
+        LEFT JOIN credit_transactions AS t ON t.id = e.transaction_id
+        GROUP BY e.transaction_id
+        HAVING sum(e.amount) <> 0
+            OR count(t.id) <> count(*)
+        """,
+    ),
+    Invariant(
+        "credit_expired",
+        "what has expired is what was booked to system:expiry",
+        """
+        SELECT account_id
+        FROM (
+            SELECT account_id, sum(expired) AS expired, 0 AS booked FROM credit_batches GROUP BY account_id
+            UNION ALL
+            SELECT account_id, 0, sum(amount) FROM credit_entries WHERE account = 'system:expiry' GROUP BY account_id
+        ) AS both_sides
+        GROUP BY account_id
+        HAVING sum(expired) <> sum(booked)
+        """,
+    ),
+    Invariant(
+        "credit_reserved",
+        "what a batch has reserved is what open reservations hold of it",
+        """
+        SELECT batch_id
+        FROM (
+            SELECT id AS batch_id, reserved, 0 AS held FROM credit_batches WHERE reserved <> 0
+            UNION ALL
+            SELECT batch_id, 0, sum(amount) FROM credit_reservations GROUP BY batch_id
+        ) AS both_sides
+        GROUP BY batch_id
+        HAVING sum(reserved) <> sum(held)
+        """,
+    ),
+    Invariant(
+        "credit_references",
+        "a reference stands for one spend, and a reservation is settled at most once",
+        """
+        SELECT min(id::text)
+        FROM credit_transactions
+        WHERE reference IS NOT NULL
+          AND kind IN ('consume', 'reserve', 'capture', 'release')
+        GROUP BY account_id, reference, kind IN ('consume', 'reserve')
+        HAVING count(*) > 1
+        """,
+    ),
+    Invariant(
+        "credit_grants",
+        "a subscription's month was granted once, by a batch of its own",
+        """
+        SELECT g.purchase_id
+        FROM credit_grants AS g
+        LEFT JOIN credit_batches AS b ON b.id = g.transaction_id
+        WHERE b.id IS NULL
+           OR b.purchase_id <> g.purchase_id
+           OR b.period_start <> g.period_start
+           OR b.granted > g.amount
+        UNION ALL
+        SELECT b.purchase_id
+        FROM credit_batches AS b
+        JOIN credit_transactions AS t ON t.id = b.id
+        WHERE b.source = 'subscription'
+          AND b.period_start IS NOT NULL
+          AND t.reference IS NULL
+        GROUP BY b.purchase_id, b.period_start
+        HAVING count(*) > 1
+        """,
+    ),
+    Invariant(
+        "credit_never_spent_dead",
+        "nothing was spent at once from a batch that had ended",
+        """
+        SELECT t.id
+        FROM credit_transactions AS t
+        JOIN credit_entries AS e ON e.transaction_id = t.id
+        JOIN credit_batches AS b ON b.id = e.batch_id
+        WHERE t.kind = 'consume'
+          AND b.expires_at <= t.created_at
+        """,
+    ),
+    Invariant(
+        "credit_refunds",
+        "no more was refunded than was spent",
+        """
+        SELECT spent.id
+        FROM credit_transactions AS refund
+        JOIN credit_transactions AS spent ON spent.id = refund.corrects
+        WHERE refund.kind = 'refund'
+        GROUP BY spent.id, spent.amount
+        HAVING sum(refund.amount) > spent.amount
+        """,
+    ),
 )
 
 

@@ -28,8 +28,9 @@ from nightmail.web.failures import Failures
 from nightmail.web.problems import Problem, invalid_api_key, missing_api_key, restricted_api_key
 from nightmail.web.services import Services
 
-Access = Literal["open", "sending", "full", "admin"]
-"""open: anyone; sending: any API key; full: an API key with full access; admin: ADMIN_TOKEN."""
+Access = Literal["open", "sending", "full", "full_or_admin", "admin"]
+"""open: anyone; sending: any API key; full: an API key with full access; admin: ADMIN_TOKEN;
+full_or_admin: either, told apart by the `nm_` that API keys begin with."""
 
 CACHE_S = 5.0
 MAX_CACHED = 10_000
@@ -88,7 +89,7 @@ async def authenticate(
     headers: Mapping[bytes, bytes],
     access: Access,
 ) -> ApiKey | None:
-    """Return the caller's key (None for open and admin access). Raises Problem: 401, 403, 429 or 503."""
+    """Return the caller's key (None for open access and the admin token). Raises Problem: 401, 403, 429 or 503."""
     if access == "open":
         return None
     if access == "admin":
@@ -97,6 +98,9 @@ async def authenticate(
     token = bearer_of(headers)
     if not token:
         raise missing_api_key()
+    if access == "full_or_admin" and not token.startswith("nm_"):
+        check_admin(services, failures, scope, headers)
+        return None
     key = await keys.find(token)
     if key is None:
         raise invalid_api_key()
@@ -104,7 +108,7 @@ async def authenticate(
         address = client_address(scope, services.settings.trusted_proxies)
         if address is None or not is_within(address, _networks(tuple(key.cidrs))):
             raise invalid_api_key("This API key may not be used from your address.")
-    if access == "full" and key.permission != "full_access":
+    if access in ("full", "full_or_admin") and key.permission != "full_access":
         raise restricted_api_key()
     return key
 

@@ -23,6 +23,7 @@ from nightmail.web.services import TEMPLATES, Services
 REASONS: Mapping[int, str] = {
     400: "The body is not JSON, or the Idempotency-Key is not usable.",
     401: "No key, or one that may only send.",
+    402: "There are not enough credits: `required`, `available` and `missing` say how many.",
     403: "The key is unknown, revoked, expired or used from elsewhere.",
     404: "Not found, or not visible to this key.",
     405: "The path does not have this method.",
@@ -48,6 +49,7 @@ SECURITY: Mapping[Access, list[dict[str, list[str]]]] = {
     "open": [],
     "sending": [{"apiKey": []}],
     "full": [{"apiKey": []}],
+    "full_or_admin": [{"apiKey": []}, {"adminToken": []}],
     "admin": [{"adminToken": []}],
 }
 NOT_BUILT = 501

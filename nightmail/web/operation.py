@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import parse_qsl
 from uuid import UUID
@@ -290,6 +291,12 @@ def read_uuid(text: str, name: str) -> UUID:
     raise invalid(f"The `{name}` must be a valid UUID.")
 
 
+@cache
+def _names_of(kind: type[msgspec.Struct]) -> list[str]:
+    """Return the names of a struct's fields; msgspec evaluates its annotations anew at each call."""
+    return [field.encode_name for field in msgspec.structs.fields(kind)]
+
+
 def read_query(kind: type[msgspec.Struct], query: bytes) -> Any:
     """Return the query string as the declared type. Raises Problem (422), also for a name that is not declared."""
     try:
@@ -297,7 +304,7 @@ def read_query(kind: type[msgspec.Struct], query: bytes) -> Any:
     except ValueError:
         raise invalid("The query string cannot be read.") from None
     given = dict(pairs)
-    known = [f.encode_name for f in msgspec.structs.fields(kind)]
+    known = _names_of(kind)
     for name, value in pairs:
         if name not in known:
             raise invalid(f"Unknown query parameter `{name[:50]}`; there are: {', '.join(known)}.")

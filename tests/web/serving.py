@@ -37,6 +37,13 @@ TABLES = (
     "audit_logs",
     "webhook_endpoints",
     "webhook_deliveries",
+    "credit_accounts",
+    "credit_transactions",
+    "credit_entries",
+    "credit_reservations",
+    "credit_prices",
+    "plans",
+    "purchases",
 )
 
 

@@ -99,7 +99,7 @@ def test_a_trusted_proxy_names_the_caller(database_url: str) -> None:
 @pytest.mark.parametrize("operation", ADMIN, ids=name_of)
 def test_admin_operations_want_the_admin_token(server: Server, org: Org, operation: Operation) -> None:
     run_id = make_run(server)
-    path = operation.path.replace("{id}", org.id).replace("{jobId}", run_id)
+    path = make_belongings(server, org, org.live_key).path_of(operation).replace("{jobId}", run_id)
     before = server.counts()
     assert server.call(operation.method, path, None, operation.example).status_code == 401
     for wrong in (org.live_key, ADMIN_TOKEN + "x", ADMIN_TOKEN[:-1], "x"):

@@ -51,9 +51,6 @@ PATHS = (
     ("/exports/{rest:path}", "GET POST DELETE"),
     ("/stats", "GET"),
     ("/credits", "GET"),
-    ("/credits/{rest:path}", "GET POST"),
-    ("/purchases", "GET POST"),
-    ("/purchases/{rest:path}", "GET POST"),
     ("/explain/{id}", "GET"),
 )
 

@@ -1,0 +1,174 @@
+"""The ledger's store: what the schema refuses, sets of reservations, purchases in their course."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import psycopg
+import pytest
+
+from nightmail.store import credits
+from nightmail.store.credit_grants import GRANT_CHUNK, GRANT_ONE, START
+from nightmail.store.credit_history import get_balance
+from nightmail.store.credits import Done, Settlement, Wallet
+from nightmail.store.plans import Plan, put_plan
+from nightmail.store.purchases import NewPurchase, PurchaseView, create_purchase, set_status
+from tests.credits.office import Office, listen, office
+from tests.credits.seeds import seed_batches, seed_purchases, seed_wallets
+
+pytestmark = pytest.mark.anyio
+
+WRONG = {
+    "UPDATE credit_entries SET amount = amount + 1": "append-only",
+    "DELETE FROM credit_entries": "append-only",
+    "TRUNCATE credit_entries": "append-only",
+    "UPDATE credit_transactions SET amount = 0": "append-only",
+    "DELETE FROM credit_transactions": "append-only",
+    "TRUNCATE credit_transactions": "append-only",
+    "UPDATE credit_batches SET remaining = remaining - 1": "credit_batches_conserved",
+    "UPDATE credit_batches SET remaining = -1, consumed = granted + 1": "credit_batches_positive",
+    "UPDATE credit_accounts SET balance = -1": "credit_accounts_balance",
+    "INSERT INTO credit_entries SELECT nm_uuid7(), 1, account_id, 'system:grant', NULL, NULL, NULL, 5"
+    " FROM credit_transactions": "sum to zero",
+    "INSERT INTO credit_entries SELECT nm_uuid7(), 1, account_id, 'wallet', 1, 5, batch_id, 5"
+    " FROM credit_entries WHERE seq = 1": "credit_entries_wallet",
+    "INSERT INTO credit_entries SELECT nm_uuid7(), 1, account_id, 'wallet', NULL, NULL, NULL, 5"
+    " FROM credit_transactions": "credit_entries_check",
+    "INSERT INTO credit_transactions (id, account_id, kind, reference, amount) SELECT nm_uuid7(), account_id, kind,"
+    " reference, 1 FROM credit_transactions": "credit_transactions_reference",
+    "UPDATE purchases SET next_grant_at = next_grant_at + interval '1 hour'": "purchases_check",
+    "INSERT INTO credit_grants SELECT purchase_id, period_start, id, 1 FROM credit_grants, purchases": "grants_pkey",
+}
+
+
+async def test_the_schema_refuses_what_no_path_would_write(database_url: str) -> None:
+    async with office(database_url, wallets=1, ago="1 hour") as desk:
+        with psycopg.connect(database_url, autocommit=True) as conn:
+            seed_batches(conn, desk.org_id, reference="g", amount=100, lasts="1 day")
+            await desk.run("credits-grant")
+            for statement, reason in WRONG.items():
+                with pytest.raises(psycopg.Error, match=reason):
+                    conn.execute(statement)
+        assert await desk.violations() == {}
+
+
+async def test_reservations_of_many_wallets_are_settled_at_once_each_by_one_of_two(database_url: str) -> None:
+    async with office(database_url, wallets=20) as desk:
+        with psycopg.connect(database_url, autocommit=True) as plain:
+            seed_batches(plain, desk.org_id, reference="g", amount=100, lasts="1 day")
+        listen(database_url, desk.org_id, "credits.expired")
+        wanted = []
+        async with desk.place.database.connection() as conn:
+            for number in range(1, 21):
+                for message in ("m1", "m2"):
+                    held = await credits.reserve(
+                        conn, desk.wallet(number), amount=10, reference=message, service="email"
+                    )
+                    assert isinstance(held, Done)
+            for (account,) in desk.rows("SELECT id FROM credit_accounts"):
+                wanted += [Settlement(account, "m1", 10), Settlement(account, "m2", 4), Settlement(account, "m3", 1)]
+
+        async def settle(turn: int) -> list[Settlement]:
+            async with desk.place.database.connection() as conn, conn.transaction():
+                return await credits.settle(conn, sorted(wanted, reverse=bool(turn % 2)))
+
+        settled = await asyncio.gather(*(settle(turn) for turn in range(4)))
+        assert sorted(item for part in settled for item in part) == sorted(
+            item for item in wanted if item.reference != "m3"
+        )
+        assert desk.rows("SELECT DISTINCT remaining, reserved, consumed FROM credit_batches") == [(86, 0, 14)]
+        accounts = desk.rows(
+            "SELECT account, sum(amount)::int FROM credit_entries WHERE account LIKE 'service:%%' GROUP BY 1"
+        )
+        assert accounts == [("service:email", 280)]
+        async with desk.place.database.connection() as conn:
+            # what came of a message is no caller's request: a late one is told how it was settled
+            late = await credits.release(conn, desk.wallet(), reference="m1")
+            assert late == credits.Settled({"reference_id": "m1", "captured": 10, "released": 0, "expired": 0})
+        assert await desk.violations() == {}
+
+
+async def test_a_trial_gives_its_credits_and_the_months_wait_for_the_payment(database_url: str) -> None:
+    async with office(database_url, wallets=1) as desk:
+        ends = desk.rows("SELECT now() + interval '10 days'")[0][0]
+        async with desk.place.database.connection() as conn:
+            await put_plan(conn, Plan("tried", "T", "subscription", 50, trial_credits=7), actor="test")
+            made = await create_purchase(conn, desk.wallet(), NewPurchase("tried", trial_ends_at=ends), actor="test")
+            assert isinstance(made, PurchaseView)
+            assert (made.status, made.anchor, made.holds_from) == ("trialing", ends, ends)
+            assert await balance(desk) == 7
+        async with office(database_url, org_id=desk.org_id, clock_offset="12 days") as later:
+            await later.run("credits-grant")
+            assert await balance(later) == 0
+            async with later.place.database.connection() as conn:
+                paid = await set_status(conn, made.id, "active", actor="test")
+                assert isinstance(paid, PurchaseView)
+                assert paid.next_period == 1
+            assert await balance(later) == 50
+            async with later.place.database.connection() as conn:
+                ended = await set_status(conn, made.id, "canceled", actor="test", at_period_end=False)
+                assert isinstance(ended, PurchaseView)
+            assert await balance(later) == 50, "what was paid for stays until it ends"
+            assert await later.violations() == {}
+
+
+async def test_a_yearly_plan_gives_months_and_ends_with_its_year(database_url: str) -> None:
+    async with office(database_url, wallets=1) as desk:
+        async with desk.place.database.connection() as conn:
+            made = await create_purchase(conn, desk.wallet(), NewPurchase("yearly"), actor="test")
+            assert isinstance(made, PurchaseView)
+            ended = await set_status(conn, made.id, "canceled", actor="test")
+            assert isinstance(ended, PurchaseView)
+        [(is_a_year,)] = desk.rows("SELECT ends_at = nm_period_start(anchor, 12) FROM purchases")
+        assert is_a_year
+        async with office(database_url, org_id=desk.org_id, clock_offset="800 days") as later:
+            await later.run("credits-grant")
+            assert later.rows("SELECT count(*) FROM credit_grants") == [(12,)]
+
+
+async def test_the_same_purchase_twice_at_once_is_one(database_url: str) -> None:
+    async with office(database_url, wallets=1) as desk:
+        wallet = Wallet(desk.org_id, "live", "somebody new")
+
+        async def buy() -> object:
+            new = NewPurchase("pack-1000", external_ref="cs_1")
+            return await desk.place.database.run(lambda conn: create_purchase(conn, wallet, new, actor="test"))
+
+        made = await asyncio.gather(*(buy() for _ in range(8)))
+        assert len({str(item) for item in made}) == 1
+        assert desk.rows("SELECT count(*), sum(granted)::int FROM credit_batches") == [(1, 1000)]
+
+
+async def test_looking_for_what_is_due_costs_nothing_when_nothing_is(database_url: str) -> None:
+    """A run with a million active subscriptions must find nothing at once: the predicate bounds the index scan."""
+    assert "p.id = %(purchase_id)s" in GRANT_ONE
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        org_id = seed_wallets(conn, 3000)
+        seed_purchases(conn, org_id, ago="-9 days")
+        conn.execute("ANALYZE")
+        arguments: dict[str, Any] = {
+            "job_id": org_id, "after_at": START.at, "after_id": START.id, "limit": 5000, "again": False,
+        }  # fmt: skip
+        rows = conn.execute("EXPLAIN (ANALYZE, FORMAT JSON) " + GRANT_CHUNK, arguments).fetchall()
+    scans = list(walk(rows[0][0][0]["Plan"]))
+    due = [scan for scan in scans if scan.get("Relation Name") == "purchases" and scan.get("Index Name")]
+    assert any(scan["Index Name"] == "purchases_due" and "nm_now" not in scan.get("Filter", "") for scan in due)
+    [scan] = [scan for scan in due if scan["Index Name"] == "purchases_due"]
+    assert "next_grant_at <=" in scan["Index Cond"]
+    assert (scan["Actual Rows"], scan.get("Rows Removed by Filter", 0)) == (0, 0)
+
+
+def walk(node: dict[str, Any]) -> Any:
+    """Yield the nodes of a plan."""
+    yield node
+    for child in node.get("Plans", ()):
+        yield from walk(child)
+
+
+async def balance(desk: Office) -> int:
+    """Return what the first wallet can spend."""
+    async with desk.place.database.connection() as conn:
+        view = await get_balance(conn, desk.wallet())
+    assert view is not None
+    return view.balance
