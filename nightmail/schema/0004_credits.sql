@@ -7,17 +7,6 @@
 -- What one account does in one transaction is a function here rather than statements in store/: each statement inside
 -- sees what the lock waited for, and the whole costs one round trip (docs/decisions/0020-credit-functions.md).
 
--- 0001 asked to_regproc for uuidv7, which has two forms, and so took the fallback on every server. PostgreSQL's own is a
--- third of the cost, and ascends within a session also within a millisecond: batches are listed in the order they came.
-DO $do$
-BEGIN
-    IF to_regprocedure('pg_catalog.uuidv7()') IS NOT NULL THEN
-        CREATE OR REPLACE FUNCTION nm_uuid7() RETURNS uuid LANGUAGE sql VOLATILE PARALLEL SAFE
-        RETURN uuidv7();
-    END IF;
-END
-$do$;
-
 -- The clock after a wait: nm_now() is the start of the statement, and a batch may have expired while it waited for a lock.
 CREATE FUNCTION nm_clock() RETURNS timestamptz
 LANGUAGE sql VOLATILE PARALLEL SAFE
