@@ -139,7 +139,7 @@ LIST_WALLETS = NEWEST_SHOWN + STANDING + "ORDER BY a.id DESC\n"
 # An org's in the order of their user ids, which is that of the unique index. The one whose id is exactly what was
 # searched for comes first, however many there are.
 ORG_SHOWN = """
-WITH shown AS MATERIALIZED (
+WITH near AS MATERIALIZED (
     SELECT *, false AS is_exact
     FROM (
         SELECT *
@@ -165,12 +165,12 @@ WITH shown AS MATERIALIZED (
       AND user_id = %(user)s
       AND (%(env)s::text IS NULL OR env = %(env)s)
       AND %(is_first)s
+), shown AS MATERIALIZED (
+    SELECT * FROM near
+    UNION ALL
+    SELECT * FROM exact
 )"""
-LIST_WALLETS_OF_ORG = (
-    ORG_SHOWN
-    + STANDING.replace("FROM shown AS a", "FROM (SELECT * FROM shown UNION ALL SELECT * FROM exact) AS a")
-    + "ORDER BY a.is_exact DESC, a.env, a.user_id\n"
-)
+LIST_WALLETS_OF_ORG = ORG_SHOWN + STANDING + "ORDER BY a.is_exact DESC, a.env, a.user_id\n"
 
 LAST_SCANNED = """
 SELECT id
