@@ -156,17 +156,18 @@ class OpenPeriod:
     metered: int
     reported: int
     waiting: int
+    failed: int
 
     @property
     def missing(self) -> int:
         """Return what no report stands for yet."""
-        return self.metered - self.reported - self.waiting
+        return max(self.metered - self.reported - self.waiting - self.failed, 0)
 
 
 # What is metered is what report-overage bills: all beyond the included units that no credits were spent for. An org
 # whose quota is counted exactly (usage_quotas) has it in its ratings; for the others the sum of the month decides.
 OPEN_PERIODS = """
-SELECT o.id, o.name, c.channel, p.period, u.metered, r.reported, r.waiting
+SELECT o.id, o.name, c.channel, p.period, u.metered, r.reported, r.waiting, r.failed
 FROM (
     SELECT id, name, plan
     FROM orgs
@@ -197,7 +198,8 @@ CROSS JOIN LATERAL (
 ) AS u
 CROSS JOIN LATERAL (
     SELECT coalesce(sum(units) FILTER (WHERE state = 'reported'), 0)::bigint AS reported,
-           coalesce(sum(units) FILTER (WHERE state <> 'reported'), 0)::bigint AS waiting
+           coalesce(sum(units) FILTER (WHERE state IN ('pending', 'calling')), 0)::bigint AS waiting,
+           coalesce(sum(units) FILTER (WHERE state IN ('too_old', 'failed')), 0)::bigint AS failed
     FROM overage_reports
     WHERE org_id = o.id
       AND channel = c.channel

@@ -261,7 +261,7 @@ def _amount_of(form: dict[str, str]) -> int:
 
 
 def _end_of(form: dict[str, str], now: datetime) -> datetime | None:
-    """Return the end of the chosen day's eve: midnight UTC with which that day begins; None when none is chosen."""
+    """Return midnight UTC, with which the chosen day begins; None when none is chosen."""
     text = form.get("expires", "").strip()
     if not text:
         return None

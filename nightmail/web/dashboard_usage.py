@@ -39,11 +39,6 @@ class Quota:
     included: int | None
 
     @property
-    def taken(self) -> int:
-        """Return the units that count against the quota: of those paid otherwise there are none."""
-        return self.usage.included + self.usage.included_reserved
-
-    @property
     def percent(self) -> str:
         """Return the share of the quota that is taken; some is never shown as nothing."""
         if not self.included:
@@ -190,6 +185,7 @@ async def _read_reports(
         "has_more_open": has_more_open,
         "is_plain": is_plain,
         "closed": closed,
+        "orgs_looked_at": overage_overview.ORGS_LOOKED_AT,
         "events": events[:10],
         "has_more_events": len(events) > 10 or next_event is not None,
     }

@@ -111,12 +111,14 @@ def payment(message: MessageDetail) -> str:
     ]
     said = ", ".join(part for part in parts if part)
     match message.state:
-        case "scheduled" | "sending" | "ambiguous":
+        case "ambiguous":
+            return f"{said}; reserved until its end is known."
+        case "scheduled" | "sending":
             return f"{said}; reserved until it is sent."
         case "canceled" | "suppressed" | "failed":
             return f"{said}; given back, as nothing was sent."
         case _:
-            return f"{said}; used."
+            return f"{said}; settled when it was sent."
 
 
 def _when(moment: datetime | None, now: datetime) -> str:
