@@ -125,13 +125,12 @@ def draw_balance(balances: Sequence[tuple[datetime, int]], now: datetime) -> Lin
     starts_at = balances[0][0]
     span = max((now - starts_at).total_seconds(), 1.0)
     top = max(balance for _, balance in balances) or 1
-    places = [
-        (
-            round(min(max((at - starts_at).total_seconds() / span, 0.0), 1.0) * LINE_WIDTH, 1),
-            round(LINE_HEIGHT * (1 - balance / top), 1),
-        )
-        for at, balance in balances
-    ]
+    places: list[tuple[float, float]] = []
+    for at, balance in balances:
+        share = min(max((at - starts_at).total_seconds() / span, 0.0), 1.0)
+        # Machines' clocks differ a little, and the line never runs back.
+        x = max(round(share * LINE_WIDTH, 1), places[-1][0] if places else 0.0)
+        places.append((x, round(LINE_HEIGHT * (1 - balance / top), 1)))
     steps = [f"M0 {LINE_HEIGHT}V{places[0][1]}"]
     steps += [f"H{x}V{y}" for x, y in places[1:]]
     path = "".join([*steps, f"H{LINE_WIDTH}"])

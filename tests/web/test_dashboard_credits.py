@@ -123,7 +123,7 @@ def test_a_wallet_shows_what_it_holds_and_both_sides_of_every_movement(site: Ser
     assert "render-1" in text
     assert "goodwill for ticket 4711" in text
     # The spend took three batches: three movements, each with the same four lines.
-    spent = page.text.count("service:direct")
+    spent = page.text.count("<td><bdi>service:direct</bdi></td>")
     assert spent == 3
     assert re.search(r"wallet: ada this movement −10 …\w{8} service:direct \+110", text), text
     assert re.search(r"grant pack \+500", text), text
@@ -569,6 +569,10 @@ def test_a_balance_is_drawn_in_steps_up_to_now() -> None:
     assert line is not None
     assert (line.path, line.top) == ("M0 120V0.0H750.0V90.0H1000", 100)
     assert line.area.endswith("V120Z")
+    hours = [at - timedelta(hours=n) for n in (4, 2, 3, -1)]
+    back = money_charts.draw_balance([(hour, 100) for hour in hours], at)
+    assert back is not None
+    assert re.findall(r"H([\d.]+)", back.path) == ["500.0", "500.0", "1000.0", "1000"]
     empty = money_charts.draw_balance([(at, 0)], at)
     assert empty is not None
     assert empty.path == "M0 120V120.0H1000"
