@@ -12,7 +12,7 @@ from nightmail.store.overview import PAGE, SCAN
 
 STATES = ("pending", "calling", "reported", "too_old", "failed")
 OUTCOMES = ("applied", "ignored", "stale", "failed")
-# Orgs with a Stripe customer that are looked through for months to be reported.
+# Metered orgs that are looked through for months to be reported: 5,000 take about 160 ms.
 ORGS_LOOKED_AT = 5_000
 OPEN_SHOWN = 50
 # Stripe takes no timestamp of over 35 days: what is older than these months is too old for it.
@@ -147,7 +147,10 @@ async def count_reports(conn: Connection) -> ReportTotals:
 
 @dataclass(frozen=True, slots=True)
 class OpenPeriod:
-    """A month that is over and of which Stripe was not told all that is metered."""
+    """A month that is over and of which Stripe was not told all that is metered.
+
+    What was refused counts as not reported: its units are in a later revision. `has_customer` False: nobody to bill.
+    """
 
     org_id: UUID
     org: str
@@ -156,23 +159,24 @@ class OpenPeriod:
     metered: int
     reported: int
     waiting: int
-    failed: int
+    too_old: int
+    has_customer: bool
 
     @property
     def missing(self) -> int:
         """Return what no report stands for yet."""
-        return max(self.metered - self.reported - self.waiting - self.failed, 0)
+        return max(self.metered - self.reported - self.waiting - self.too_old, 0)
 
 
 # What is metered is what report-overage bills: all beyond the included units that no credits were spent for. An org
 # whose quota is counted exactly (usage_quotas) has it in its ratings; for the others the sum of the month decides.
 OPEN_PERIODS = """
-SELECT o.id, o.name, c.channel, p.period, u.metered, r.reported, r.waiting, r.failed
+SELECT o.id, o.name, c.channel, p.period, u.metered, r.reported, r.waiting, r.too_old,
+       o.has_customer
 FROM (
-    SELECT id, name, plan
+    SELECT id, name, plan, stripe_customer_id IS NOT NULL AS has_customer
     FROM orgs
     WHERE billing = 'metered'
-      AND stripe_customer_id IS NOT NULL
     ORDER BY id DESC
     LIMIT %(orgs)s
 ) AS o
@@ -199,7 +203,7 @@ CROSS JOIN LATERAL (
 CROSS JOIN LATERAL (
     SELECT coalesce(sum(units) FILTER (WHERE state = 'reported'), 0)::bigint AS reported,
            coalesce(sum(units) FILTER (WHERE state IN ('pending', 'calling')), 0)::bigint AS waiting,
-           coalesce(sum(units) FILTER (WHERE state IN ('too_old', 'failed')), 0)::bigint AS failed
+           coalesce(sum(units) FILTER (WHERE state = 'too_old'), 0)::bigint AS too_old
     FROM overage_reports
     WHERE org_id = o.id
       AND channel = c.channel

@@ -252,9 +252,9 @@ def test_overage_shows_reports_their_answers_and_months_still_open(site: Server)
     report(site, org, last, 1, 500, "reported")
     pending = report(site, org, last, 2, 300, "failed", error="No such customer: 'cus_1'", attempts=4)
     text = read(site, "/dashboard/overage")
-    assert f"{last} Busy email 900 500 0 300 100" in text, text
+    assert f"{last} Busy email 900 500 0 0 400" in text, text
     assert "Quiet" not in text
-    assert "Nobody" not in text
+    assert f"{last} Nobody no customer cannot be billed: set its stripe_customer_id email 900 0 0 0 900" in text
     assert "1,500 reported 2 reports" in text
     assert "No such customer: 'cus_1'" in text
     assert "mev_77" in text
@@ -262,9 +262,11 @@ def test_overage_shows_reports_their_answers_and_months_still_open(site: Server)
     assert "Months to be reported" not in read(site, "/dashboard/overage", state="failed")
     assert "mev_77" not in read(site, "/dashboard/overage", period=last)
     assert "No report matches" in read(site, "/dashboard/overage", org=quiet.id)
+    report(site, org, last, 3, 200, "calling")
+    report(site, org, last, 4, 50, "too_old")
     # A quota that is counted exactly has the truth in its ratings: here everything was metered.
     site.rows("INSERT INTO usage_quotas VALUES (%s, 'email', %s, 10000)", org.id, last)
-    assert f"{last} Busy email 10,900 500 0 300 10,100" in read(site, "/dashboard/overage")
+    assert f"{last} Busy email 10,900 500 200 50 10,150" in read(site, "/dashboard/overage")
 
 
 def test_stripes_events_are_listed_with_what_came_of_them(site: Server, org: Org) -> None:
