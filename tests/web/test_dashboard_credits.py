@@ -180,7 +180,7 @@ def test_pages_of_wallets_and_movements_leave_nothing_out(
         org.id,
     )
     give(site, org, 100, "g")
-    for number in range(60):
+    for number in range(30):
         spend(site, org, 1, f"s{number}")
 
     def walk(path: str, pattern: str) -> list[str]:
@@ -197,7 +197,7 @@ def test_pages_of_wallets_and_movements_leave_nothing_out(
     by_user = [str(n) for (n,) in site.rows("SELECT id FROM credit_accounts ORDER BY user_id")]
     assert walk(f"{WALLETS}?org={org.id}", rf'"{WALLETS}/(\d+)"') == by_user
     assert walk(account(site), r'<summary class="row"><span class="num soft">(\d+)<') == [
-        str(n) for n in range(61, 0, -1)
+        str(n) for n in range(31, 0, -1)
     ]
     monkeypatch.setattr(credit_overview, "SCAN", 5)
     assert "Look further" in get(site, f"{WALLETS}?q=u2").text
