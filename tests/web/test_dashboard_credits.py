@@ -144,6 +144,10 @@ def test_a_subscription_shows_its_next_grant_and_why_a_month_waits(site: Server,
     text = read(site, account(site))
     assert "past due the next month waits for a payment the balance does not fit" in text
     assert "– no grant ahead" in text
+    site.call("PATCH", f"/purchases/{bought[0]}", ADMIN_TOKEN, {"status": "canceled"})
+    assert re.search(r"canceled no further months, ends in \d\d d", read(site, account(site)))
+    site.rows("UPDATE purchases SET ends_at = now() - interval '1 hour' WHERE id = %s", bought[0])
+    assert re.search(r"canceled no further months, ended (60 min|1 h) ago", read(site, account(site)))
 
 
 def test_wallets_are_found_by_org_env_and_user(site: Server, org: Org) -> None:
