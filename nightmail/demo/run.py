@@ -162,7 +162,7 @@ async def _play(story: Story, screen: Screen, ready: asyncio.Event, began: float
     screen.say(f"Nightmail is ready at {url} after {monotonic() - began:.1f} s. Open {url}/dashboard and watch.")
     screen.console.print()
     screen.title(
-        "Two sample orgs send and listen",
+        "Two sample orgs send and listen, a third sells credits",
         "email by real SMTP to a catcher in this process, SMS to the capture provider, webhooks to a receiver here",
     )
     return await story.play()
@@ -194,6 +194,8 @@ def _print_addresses(story: Story, screen: Screen, url: str) -> None:
     screen.title("Look around")
     screen.pair("dashboard", f"{url}/dashboard")
     screen.pair("webhooks", f"{url}/dashboard/webhooks")
+    screen.pair("credits", f"{url}{story.wallet or '/dashboard/credits'}")
+    screen.pair("usage", f"{url}/dashboard/usage")
     screen.pair("inbox", f"{url}/dashboard/inbox")
     screen.pair("API docs", f"{url}/docs")
     screen.console.print()

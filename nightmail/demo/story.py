@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import statistics
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import aiohttp
 
 from nightmail.clock import monotonic, now
+from nightmail.demo.credits import PRESS, Credits
 from nightmail.demo.sample_mail import CLINIC, LONG_TEXT, SHOP, SampleMail
 from nightmail.demo.screen import Expectation, Screen
 from nightmail.demo.webhooks import FLAKY, FLAKY_SCRIPT, OURS, RESENDS, Webhooks
@@ -129,6 +131,7 @@ class Story:
         self._session: aiohttp.ClientSession
         self._watcher: asyncio.Task[None]
         self.orgs: list[Keys] = []
+        self.wallet = ""
 
     async def play(self) -> list[Expectation]:
         """Do everything and return what was expected and seen. Raises StoryError."""
@@ -136,7 +139,10 @@ class Story:
         async with aiohttp.ClientSession(self._url, timeout=timeout) as self._session:
             self.orgs = [await self._org(SHOP, "pro", "metered"), await self._org(CLINIC, "free", "quota")]
             shop, clinic = self.orgs
+            press = await self._org(PRESS, "free", "prepaid")
+            credits = Credits(press.org_id, press.live, self._secret, self._call, self._try)
             await self._subscribe(shop, clinic)
+            self._expectations += await credits.begin()
             with self._screen:
                 async with self._watching():
                     await self._send_special(clinic)
@@ -145,8 +151,10 @@ class Story:
                     await self._webhooks.settle(self._everything())
             await self._check_messages(shop, clinic)
             self._expectations += await self._webhooks.check(self._everything())
+            self._expectations += await credits.check()
             await self._check_jobs()
             await self._check_page()
+            await self._check_credits_page(press, credits)
         return self._expectations
 
     def end(self) -> None:
@@ -462,6 +470,21 @@ class Story:
             "Its page of webhooks shows how each of them fares",
             answer.status == 200 and named == len(hooks) and "1 of 3 attempts" in text,
             f"{answer.status}, {named} webhooks",
+        )
+
+    async def _check_credits_page(self, press: Keys, credits: Credits) -> None:
+        """Read the list of wallets, and open one of them."""
+        async with self._session.get("/dashboard/credits", params={"org": press.org_id, "q": credits.ada}) as answer:
+            found = re.search(r"/dashboard/credits/(\d+)", await answer.text())
+        self.wallet = f"/dashboard/credits/{found[1]}" if found else ""
+        if found:
+            async with self._session.get(self.wallet) as answer:
+                text = await answer.text()
+        is_shown = bool(found) and answer.status == 200 and credits.ada in text and "system:expiry" in text
+        self._expect(
+            "Its page of a wallet shows batches and both sides of each movement",
+            is_shown,
+            f"{answer.status}, {self.wallet or 'no wallet'}",
         )
 
     # ── HTTP ──

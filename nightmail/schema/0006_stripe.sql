@@ -45,3 +45,5 @@ CREATE TABLE overage_reports (
     PRIMARY KEY (org_id, channel, period, revision)
 );
 CREATE INDEX overage_reports_open ON overage_reports (period, org_id) WHERE state IN ('pending', 'calling');
+-- The dashboard's list, newest first.
+CREATE INDEX overage_reports_listed ON overage_reports (created_at, identifier);

@@ -470,6 +470,11 @@ class MessageDetail:
     addresses: list[str]
     units: int
     rating: str
+    credit_units: int
+    metered_units: int
+    credits: int
+    credit_account_id: int | None
+    credit_user: str | None
     period: str
     send_policy: str
     created_at: datetime
@@ -500,7 +505,8 @@ SELECT m.id, m.org_id, coalesce(o.name, ''), m.env, m.channel,
            WHEN m.state = 'canceled' AND m.reason = 'suppressed' THEN 'suppressed'
            ELSE m.state
        END,
-       m.reason, m.sender, m.subject, m.addresses, m.units, m.rating, m.period,
+       m.reason, m.sender, m.subject, m.addresses, m.units, m.rating, m.credit_units,
+       m.metered_units, m.credits, m.credit_account_id, a.user_id, m.period,
        coalesce(m.send_policy, o.send_policy, 'at_least_once'), m.created_at, m.scheduled_at, m.sent_at,
        m.provider_message_id, m.last_error, coalesce(b.to_addresses, '{}'), coalesce(b.cc_addresses, '{}'),
        coalesce(b.bcc_addresses, '{}'), coalesce(b.reply_to, '{}'), left(b.html, %(body)s), left(b.text, %(body)s),
@@ -510,6 +516,7 @@ FROM messages AS m
 LEFT JOIN orgs AS o ON o.id = m.org_id
 LEFT JOIN message_bodies AS b ON b.message_id = m.id
 LEFT JOIN message_queue AS q ON q.message_id = m.id
+LEFT JOIN credit_accounts AS a ON a.id = m.credit_account_id
 LEFT JOIN claims AS c ON c.claim_id = q.claim_id
 WHERE m.id = %(message_id)s
 """

@@ -1,4 +1,4 @@
-"""The operator's pages: jobs, runs, messages, inbox; those about webhooks are in web.dashboard_webhooks.
+"""The operator's pages: jobs, runs, messages, inbox; dashboard_webhooks, _credits and _usage have the others.
 
 They work without JavaScript, and run none that is not ours. Everything shown came from outside and is escaped by the
 templates; the HTML of a mail is only ever the srcdoc of an iframe that may do nothing. What changes something is a POST
@@ -30,6 +30,8 @@ from nightmail.settings import LOOPBACK_HOSTS
 from nightmail.store import messages, orgs, overview, webhook_overview
 from nightmail.store.database import Connection
 from nightmail.web import admin_session, charts
+from nightmail.web.dashboard_credits import credit_pages
+from nightmail.web.dashboard_usage import usage_pages
 from nightmail.web.dashboard_webhooks import webhook_pages
 from nightmail.web.pages import MAIL_POLICY, Dashboard, Page, address_of, uuid_of
 from nightmail.web.services import Services
@@ -78,6 +80,8 @@ def dashboard_routes(services: Services, engine: Engine) -> list[BaseRoute]:
         at("/messages/{message_id}", show_message),
         at("/inbox", show_inbox),
         *webhook_pages(dashboard),
+        *credit_pages(dashboard),
+        *usage_pages(dashboard),
     ]
 
 

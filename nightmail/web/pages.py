@@ -173,7 +173,7 @@ def page_templates() -> jinja2.Environment:
         spaced=wording.spaced,
         byte_size=wording.byte_size,
     )
-    environment.globals.update(distance=wording.distance, standing=wording.standing)
+    environment.globals.update(distance=wording.distance, standing=wording.standing, payment=wording.payment)
     return environment
 
 

@@ -99,6 +99,28 @@ def standing(message: MessageDetail, now: datetime) -> str:
             return f"The provider reported: {message.state}."
 
 
+def payment(message: MessageDetail) -> str:
+    """Return in one sentence who pays for the message's units, and whether that is settled."""
+    if message.env == "test":
+        return "Test env: nobody is charged."
+    included = message.units - message.credit_units - message.metered_units
+    parts = [
+        f"{amount(included)} included" if included else "",
+        f"{amount(message.credit_units)} by {amount(message.credits)} credits" if message.credit_units else "",
+        f"{amount(message.metered_units)} metered" if message.metered_units else "",
+    ]
+    said = ", ".join(part for part in parts if part)
+    match message.state:
+        case "ambiguous":
+            return f"{said}; reserved until its end is known."
+        case "scheduled" | "sending":
+            return f"{said}; reserved until it is sent."
+        case "canceled" | "suppressed" | "failed":
+            return f"{said}; given back, as nothing was sent."
+        case _:
+            return f"{said}; settled when it was sent."
+
+
 def _when(moment: datetime | None, now: datetime) -> str:
     return distance(moment, now) if moment is not None else "soon"
 
