@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from nightmail.rules.credits import REFUND_DAYS, fingerprint
@@ -151,6 +151,19 @@ class Cursor:
 START = Cursor()
 
 
+class Lane(NamedTuple):
+    """One of the parts in which a run works side by side: the accounts whose id, divided by `of`, leaves `number`.
+
+    Each account is in one lane, so that no lane waits for another's lock.
+    """
+
+    number: int = 0
+    of: int = 1
+
+
+WHOLE = Lane()
+
+
 @dataclass(frozen=True, slots=True)
 class GrantChunk:
     """What one chunk did: periods looked at, granted, and not granted because they have been before or give nothing."""
@@ -177,6 +190,7 @@ WITH due AS MATERIALIZED (
       AND (p.next_grant_at, p.id) > (%(after_at)s::timestamptz, %(after_id)s)
       AND (p.failed_run IS NOT NULL) = %(again)s
       AND p.failed_run IS DISTINCT FROM %(job_id)s
+      AND p.account_id %% %(lanes)s = %(lane)s
     ORDER BY p.next_grant_at, p.id
     LIMIT %(limit)s
     FOR UPDATE
@@ -185,7 +199,7 @@ WITH due AS MATERIALIZED (
     FROM due AS d
     JOIN credit_accounts AS a ON a.id = d.account_id
     ORDER BY a.id
-    FOR UPDATE OF a
+    FOR NO KEY UPDATE OF a
 ), period AS MATERIALIZED (
     SELECT d.*, n.credits, n.priority, n.rollover_cap > 0 AS rolls_over,
            CASE WHEN n.expires THEN
@@ -263,6 +277,7 @@ GRANT_ONE = GRANT_CHUNK.replace(
     """      AND (p.next_grant_at, p.id) > (%(after_at)s::timestamptz, %(after_id)s)
       AND (p.failed_run IS NOT NULL) = %(again)s
       AND p.failed_run IS DISTINCT FROM %(job_id)s
+      AND p.account_id %% %(lanes)s = %(lane)s
 """,
     "      AND p.id = %(purchase_id)s\n",
 )
@@ -344,16 +359,28 @@ TUNE = "SELECT set_config('random_page_cost', '1.1', true), set_config('jit', 'o
 
 
 async def grant_chunk(
-    conn: Connection, *, job_id: UUID, after: Cursor, limit: int, again: bool = False
+    conn: Connection, *, job_id: UUID, after: Cursor, limit: int, again: bool = False, lane: Lane = WHOLE
 ) -> GrantChunk | None:
     """Grant the next due period of up to `limit` purchases in one transaction; None when nothing is due after `after`.
 
     `again` False leaves out what an earlier run could not grant, True takes only that.
     """
-    arguments = {"job_id": job_id, "after_at": after.at, "after_id": after.id, "limit": limit, "again": again}
+    arguments = {"limit": limit, **_place(job_id, after, again, lane)}
     async with conn.transaction():
         await conn.execute(TUNE)
         return await _grant(conn, GRANT_CHUNK, arguments)
+
+
+def _place(job_id: UUID, after: Cursor, again: bool, lane: Lane) -> dict[str, Any]:
+    """Return what says which purchases come next."""
+    return {
+        "job_id": job_id,
+        "after_at": after.at,
+        "after_id": after.id,
+        "again": again,
+        "lane": lane.number,
+        "lanes": lane.of,
+    }
 
 
 async def grant_purchase(conn: Connection, purchase_id: UUID) -> int:
@@ -383,6 +410,7 @@ WITH due AS MATERIALIZED (
       AND (p.next_grant_at, p.id) > (%(after_at)s::timestamptz, %(after_id)s)
       AND (p.failed_run IS NOT NULL) = %(again)s
       AND p.failed_run IS DISTINCT FROM %(job_id)s
+      AND p.account_id %% %(lanes)s = %(lane)s
     ORDER BY p.next_grant_at, p.id
     LIMIT 1
     FOR UPDATE
@@ -396,12 +424,12 @@ RETURNING due.next_grant_at, p.id
 """
 
 
-async def mark_grant_failed(conn: Connection, *, after: Cursor, again: bool, job_id: UUID, error: str) -> Cursor | None:
+async def mark_grant_failed(
+    conn: Connection, *, job_id: UUID, after: Cursor, error: str, again: bool = False, lane: Lane = WHOLE
+) -> Cursor | None:
     """Note why the first due purchase after `after` could not be granted; return where it stands."""
-    cursor = await conn.execute(
-        MARK_FAILED,
-        {"after_at": after.at, "after_id": after.id, "again": again, "job_id": job_id, "error": error[:500]},
-    )
+    arguments = {"error": error[:500], **_place(job_id, after, again, lane)}
+    cursor = await conn.execute(MARK_FAILED, arguments)
     row = await cursor.fetchone()
     return Cursor(row[0], row[1]) if row else None
 

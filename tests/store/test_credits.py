@@ -149,6 +149,7 @@ async def test_looking_for_what_is_due_costs_nothing_when_nothing_is(database_ur
         conn.execute("ANALYZE")
         arguments: dict[str, Any] = {
             "job_id": org_id, "after_at": START.at, "after_id": START.id, "limit": 5000, "again": False,
+            "lane": 0, "lanes": 1,
         }  # fmt: skip
         rows = conn.execute("EXPLAIN (ANALYZE, FORMAT JSON) " + GRANT_CHUNK, arguments).fetchall()
     scans = list(walk(rows[0][0][0]["Plan"]))
