@@ -72,8 +72,9 @@ WITH due AS MATERIALIZED (
     CROSS JOIN (SELECT nm_uuid7()::text AS id) AS base
     WHERE p.id = ANY (ARRAY(
         SELECT id FROM purchases
-        WHERE next_grant_at <= now() AND (holds_from IS NULL OR next_grant_at < holds_from)
-        ORDER BY next_grant_at
+        WHERE (next_grant_at AT TIME ZONE 'UTC')::date <= (now() AT TIME ZONE 'UTC')::date
+          AND next_grant_at <= now() AND (holds_from IS NULL OR next_grant_at < holds_from)
+        ORDER BY (next_grant_at AT TIME ZONE 'UTC')::date, account_id
         LIMIT %(chunk)s
     ))
 ), given AS (
@@ -114,7 +115,11 @@ WITH ended AS (
     UPDATE credit_batches AS b
     SET expired = b.expired + b.remaining, remaining = 0
     WHERE b.id = ANY (ARRAY(
-        SELECT id FROM credit_batches WHERE is_open AND expires_at <= now() ORDER BY expires_at LIMIT %(chunk)s
+        SELECT id FROM credit_batches
+        WHERE is_open AND (expires_at AT TIME ZONE 'UTC')::date <= (now() AT TIME ZONE 'UTC')::date
+          AND expires_at <= now()
+        ORDER BY (expires_at AT TIME ZONE 'UTC')::date, account_id
+        LIMIT %(chunk)s
     ))
     RETURNING b.id, b.account_id, b.granted - b.consumed - b.reserved AS amount
 ), line AS MATERIALIZED (

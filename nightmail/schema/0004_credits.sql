@@ -65,7 +65,10 @@ CREATE TABLE credit_batches (
 ) WITH (fillfactor = 75, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 -- The order in which credits are spent.
 CREATE INDEX credit_batches_burn ON credit_batches (account_id, priority, expires_at, issued_at, id) WHERE is_open;
-CREATE INDEX credit_batches_expiry ON credit_batches (expires_at, id) WHERE is_open;
+-- What has ended, day by day and account by account: what a run books together then lies together, in this table, in
+-- credit_accounts and in their indexes. In the order of the moments a million batches took three times as long.
+CREATE INDEX credit_batches_expiry ON credit_batches (((expires_at AT TIME ZONE 'UTC')::date), account_id, id)
+    WHERE is_open;
 
 -- What was done, once per (account, kind, reference), with the answer that was given: the same request gets it again.
 --   reference    the caller's; NULL for what the jobs do, each once by other means (credit_grants, remaining = 0)
@@ -208,7 +211,8 @@ CREATE TABLE purchases (
     CHECK (status <> 'past_due' OR past_due_at IS NOT NULL),
     CHECK (status <> 'canceled' OR ends_at IS NOT NULL)
 ) WITH (fillfactor = 75, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
-CREATE INDEX purchases_due ON purchases (next_grant_at, id)
+-- Day by day and account by account, as credit_batches_expiry.
+CREATE INDEX purchases_due ON purchases (((next_grant_at AT TIME ZONE 'UTC')::date), account_id, id)
     WHERE next_grant_at IS NOT NULL AND (holds_from IS NULL OR next_grant_at < holds_from);
 CREATE UNIQUE INDEX purchases_external ON purchases (org_id, env, external_ref) WHERE external_ref IS NOT NULL;
 CREATE INDEX purchases_of_account ON purchases (account_id);

@@ -36,13 +36,15 @@ class ExpiryChunk:
 # for the cheapest.
 EXPIRE_CHUNK = """
 WITH due AS MATERIALIZED (
-    SELECT b.account_id, b.expires_at, b.id
+    SELECT b.account_id, (b.expires_at AT TIME ZONE 'UTC')::date AS day, b.id
     FROM credit_batches AS b
     WHERE b.is_open
+      AND (b.expires_at AT TIME ZONE 'UTC')::date <= (%(until)s AT TIME ZONE 'UTC')::date
       AND b.expires_at <= %(until)s
-      AND (b.expires_at, b.id) > (%(after_at)s::timestamptz, %(after_id)s)
-      AND b.account_id %% %(lanes)s = %(lane)s
-    ORDER BY b.expires_at, b.id
+      AND ((b.expires_at AT TIME ZONE 'UTC')::date, b.account_id, b.id)
+          > (%(after_day)s::date, %(after_account)s, %(after_id)s)
+      AND (b.account_id >> 10) %% %(lanes)s = %(lane)s
+    ORDER BY (b.expires_at AT TIME ZONE 'UTC')::date, b.account_id, b.id
     LIMIT %(limit)s
 ), past AS MATERIALIZED (
     SELECT a.id AS account_id, a.org_id, a.env, a.user_id, a.balance, a.seq, b.id AS batch_id, b.remaining
@@ -94,7 +96,7 @@ WITH due AS MATERIALIZED (
 )
 SELECT (SELECT count(*) FROM due), (SELECT coalesce(sum(entries), 0)::bigint FROM total),
        (SELECT count(*) FROM total), (SELECT coalesce(sum(amount), 0)::bigint FROM total),
-       (SELECT max(expires_at) FROM due), (SELECT id FROM due ORDER BY expires_at DESC, id DESC LIMIT 1),
+       last.day, last.account_id, last.id,
        (
            SELECT jsonb_agg(jsonb_build_object(
                'org_id', t.org_id, 'env', t.env, 'user_id', t.user_id, 'amount', t.amount
@@ -105,6 +107,8 @@ SELECT (SELECT count(*) FROM due), (SELECT coalesce(sum(entries), 0)::bigint FRO
                WHERE e.status <> 'disabled' AND 'credits.expired' = ANY (e.topics)
            )) IS TRUE
        )
+FROM (VALUES (1)) AS one
+LEFT JOIN (SELECT day, account_id, id FROM due ORDER BY 1 DESC, 2 DESC, 3 DESC LIMIT 1) AS last ON true
 """
 
 
@@ -125,7 +129,7 @@ async def expire_chunk(
         cursor = await conn.execute(EXPIRE_CHUNK, arguments)
         row = await cursor.fetchone()
         assert row is not None, "the statement returns one row"
-        due, batches, users, amount, last_at, last_id, told = row
+        due, batches, users, amount, *last, told = row
         if due == 0:
             return None
         facts = [
@@ -133,14 +137,15 @@ async def expire_chunk(
             for item in told or ()
         ]
         await fan_out(conn, facts)
-    return ExpiryChunk(batches, users, amount, Cursor(last_at, last_id) if batches < most else after)
+    return ExpiryChunk(batches, users, amount, Cursor(*last) if batches < most else after)
 
 
 def _place(until: datetime, after: Cursor, lane: Lane) -> dict[str, Any]:
     """Return what says which batches come next."""
     return {
         "until": until,
-        "after_at": after.at,
+        "after_day": after.day,
+        "after_account": after.account_id,
         "after_id": after.id,
         "lane": lane.number,
         "lanes": lane.of,
@@ -148,13 +153,15 @@ def _place(until: datetime, after: Cursor, lane: Lane) -> dict[str, Any]:
 
 
 FIRST_ENDED = """
-SELECT expires_at, id
+SELECT (expires_at AT TIME ZONE 'UTC')::date, account_id, id
 FROM credit_batches
 WHERE is_open
+  AND (expires_at AT TIME ZONE 'UTC')::date <= (%(until)s AT TIME ZONE 'UTC')::date
   AND expires_at <= %(until)s
-  AND (expires_at, id) > (%(after_at)s::timestamptz, %(after_id)s)
-  AND account_id %% %(lanes)s = %(lane)s
-ORDER BY expires_at, id
+  AND ((expires_at AT TIME ZONE 'UTC')::date, account_id, id)
+      > (%(after_day)s::date, %(after_account)s, %(after_id)s)
+  AND (account_id >> 10) %% %(lanes)s = %(lane)s
+ORDER BY (expires_at AT TIME ZONE 'UTC')::date, account_id, id
 LIMIT 1
 """
 
@@ -163,7 +170,7 @@ async def first_ended(conn: Connection, *, until: datetime, after: Cursor, lane:
     """Return where the first batch after `after` stands that is to be booked."""
     cursor = await conn.execute(FIRST_ENDED, _place(until, after, lane))
     row = await cursor.fetchone()
-    return Cursor(row[0], row[1]) if row else None
+    return Cursor(*row) if row else None
 
 
 COUNT_ENDED = """
