@@ -25,6 +25,7 @@ from rich.table import Table
 
 from nightmail import __version__
 from nightmail.clock import now
+from nightmail.credit_commands import credits_app, purchase_app
 from nightmail.demo import run_demo
 from nightmail.engine.runner import RunOutcome
 from nightmail.engine.schedule import BadSlot, named_slot, next_slot
@@ -63,6 +64,8 @@ org_app = typer.Typer(help="Make tenants.", no_args_is_help=True)
 key_app = typer.Typer(help="Make API keys.", no_args_is_help=True)
 app.add_typer(org_app, name="org")
 app.add_typer(key_app, name="key")
+app.add_typer(credits_app, name="credits")
+app.add_typer(purchase_app, name="purchase")
 
 
 def main() -> None:

@@ -235,6 +235,15 @@ CREATE TABLE credit_prices (
     PRIMARY KEY (org_id, env, service)
 );
 
+-- What each new user of an org is given, once: POST /credits/{user}. The operator sets it, as it makes credits.
+CREATE TABLE credit_bonuses (
+    org_id uuid NOT NULL REFERENCES orgs (id),
+    env text COLLATE "C" NOT NULL CHECK (env IN ('live', 'test')),
+    credits bigint NOT NULL CHECK (credits > 0),
+    lifetime_days integer CHECK (lifetime_days BETWEEN 1 AND 36600),
+    PRIMARY KEY (org_id, env)
+);
+
 -- Spend (p_kind consume) or set aside (reserve) an amount: earliest by priority, then expiry, then issue.
 --   outcome     done, replayed (answer: as then), other_body, insufficient (answer: what was missing), crosses_low
 --   crosses_low nothing was done because credits.low must be told in the same transaction: call again in one, with

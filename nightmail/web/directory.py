@@ -1,7 +1,7 @@
 """Finding the route of a path by looking it up, where Starlette tries one pattern after the other.
 
-With 76 routes that took 30 µs of a request of a few hundred. Paths without parameters are found by themselves, the
-others by their first part and how many parts they have; what is written out wins over what is a parameter.
+Paths without parameters are found by themselves, the others by their first part and how many parts they have, and last
+by their first part alone where a parameter takes many. What is written out wins over what is a parameter.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
+
+# Stands for a number of parts that is not fixed.
+ANY = 0
 
 
 class Directory(BaseRoute):
@@ -20,8 +23,10 @@ class Directory(BaseRoute):
         self._fixed = {route.path: route for route in routes if "{" not in route.path}
         self._shaped: dict[tuple[str, int], list[Route]] = {}
         for route in routes:
+            first, count = _shape(route.path)
             if "{" in route.path:
-                self._shaped.setdefault(_shape(route.path), []).append(route)
+                key = (first, ANY) if ":path}" in route.path else (first, count)
+                self._shaped.setdefault(key, []).append(route)
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Return whether one of the routes is the path's; the scope then names that route."""
@@ -31,10 +36,12 @@ class Directory(BaseRoute):
         fixed = self._fixed.get(path)
         if fixed is not None:
             return Match.FULL, {"endpoint": fixed.endpoint, "path_params": {}, "route": fixed}
-        for route in self._shaped.get(_shape(path), ()):
-            match, child = route.matches(scope)
-            if match is Match.FULL:
-                return match, {**child, "route": route}
+        first, count = _shape(path)
+        for key in ((first, count), (first, ANY)):
+            for route in self._shaped.get(key, ()):
+                match, child = route.matches(scope)
+                if match is Match.FULL:
+                    return match, {**child, "route": route}
         return Match.NONE, {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
