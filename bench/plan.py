@@ -36,7 +36,9 @@ class Plan:
     starve_due: int = 100
     fan_out_messages: int = 40_000
     arrivals: int = 200
-    credit_users: int = 100_000
+    credit_users: int = 1_000_000
+    credit_rounds: int = 1
+    credit_loop: int = 5_000
     is_quick: bool = False
 
 
@@ -65,6 +67,7 @@ QUICK = Plan(
     fan_out_messages=1_000,
     arrivals=10,
     credit_users=2_000,
+    credit_loop=200,
     is_quick=True,
 )
 

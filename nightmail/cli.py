@@ -5,56 +5,53 @@ Exit codes: 0 success, 1 a failed run or found violations, 2 bad usage or settin
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime
-from enum import IntEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any
 from uuid import UUID
 
 import psycopg
 import typer
 import uvloop
-from rich.console import Console
 from rich.table import Table
 
 from nightmail import __version__
 from nightmail.clock import now
+from nightmail.credit_commands import credits_app, purchase_app
 from nightmail.demo import run_demo
 from nightmail.engine.runner import RunOutcome
 from nightmail.engine.schedule import BadSlot, named_slot, next_slot
 from nightmail.errors import DatabaseAway, EmbeddedError, MigrationError, NightmailError, NotConfigured, SettingsError
 from nightmail.jobs.table import JOBS
 from nightmail.log import configure_logging
-from nightmail.main import Application, Servers, open_application, open_servers
-from nightmail.schema.migrate import migrate, pending
+from nightmail.main import Application, open_application, open_servers
+from nightmail.schema.migrate import pending
 from nightmail.serve import die_with_parent, listen, serve, serve_workers, url_of
 from nightmail.settings import Settings, load
 from nightmail.store.api_keys import NewApiKey, insert_api_key
 from nightmail.store.audit import audit as audit_database
 from nightmail.store.doctor import examine
 from nightmail.store.orgs import NewOrg, create_org, get_org
+from nightmail.terminal import (
+    Data,
+    Exit,
+    Json,
+    choose,
+    ensure_schema,
+    fail,
+    out,
+    print_json,
+    with_application,
+)
 from nightmail.web.cron import render_outcome, render_tick
-
-T = TypeVar("T")
-
-
-class Exit(IntEnum):
-    """What the exit code tells a script."""
-
-    OK = 0
-    FAILED = 1
-    USAGE = 2
-    HELD = 3
-
 
 app = typer.Typer(
     name="nightmail",
@@ -67,14 +64,8 @@ org_app = typer.Typer(help="Make tenants.", no_args_is_help=True)
 key_app = typer.Typer(help="Make API keys.", no_args_is_help=True)
 app.add_typer(org_app, name="org")
 app.add_typer(key_app, name="key")
-
-Data = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the embedded server; without it DATABASE_URL, else ./.nightmail", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-
-out = Console(highlight=False)
+app.add_typer(credits_app, name="credits")
+app.add_typer(purchase_app, name="purchase")
 
 
 def main() -> None:
@@ -89,42 +80,6 @@ def main() -> None:
         fail(str(error), Exit.FAILED)
     except psycopg.OperationalError as error:
         fail(f"PostgreSQL is away: {str(error).strip().splitlines()[0]}", Exit.FAILED)
-
-
-def fail(message: str, code: Exit) -> NoReturn:
-    """Print why and end the process."""
-    for line in message.splitlines():
-        print(f"nightmail: {line}", file=sys.stderr)
-    raise SystemExit(int(code))
-
-
-def with_application(data: Path | None, work: Callable[[Application], Awaitable[T]]) -> T:
-    """Open servers, bring the schema up to date, and run `work` with an application over them."""
-    settings = load()
-    configure_logging(settings)
-    with open_servers(settings, data) as servers:
-        ensure_schema(settings, servers)
-
-        async def body() -> T:
-            async with open_application(settings, servers) as application:
-                return await work(application)
-
-        return uvloop.run(body())
-
-
-def ensure_schema(settings: Settings, servers: Servers) -> list[str]:
-    """Apply pending migrations, over the direct connection when there is one. Raises DatabaseAway."""
-    direct = settings.migrate_database_url
-    url = direct.get_secret_value() if direct else servers.database_url
-    try:
-        return migrate(url)
-    except psycopg.OperationalError as error:
-        raise DatabaseAway(str(error).strip().splitlines()[0]) from error
-
-
-def print_json(value: Any) -> None:
-    """Print one line of JSON."""
-    print(json.dumps(value, default=str, ensure_ascii=False))
 
 
 @app.command("serve")
@@ -446,10 +401,3 @@ def key_create(
         print_json(made)
     else:
         out.print(f"{made['key']}\nThe key is not shown again.")
-
-
-def choose(option: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Return the value if it is allowed, else end with exit code 2."""
-    if value not in allowed:
-        fail(f"{option} must be {' or '.join(allowed)}, not {value!r}", Exit.USAGE)
-    return value

@@ -62,7 +62,8 @@ class JobSpec:
     `title` and `starting` are the words of its log lines. `holds` says what keeps two runs apart: `rows` (they claim
     disjoint rows and run side by side) or `table` (a lease on the whole job; a second caller is told who holds it).
     `run` is None while the job is not built: its path answers 501. `after` names jobs a tick must run first. `least_s`
-    is the deadline in seconds below which a run is hardly of use: a tick's fair slice is not made smaller.
+    is the deadline in seconds below which a run is hardly of use: a tick's fair slice is not made smaller. `destroys`
+    says that a wrong clock would do harm that cannot be undone: such a job refuses to run while the clock is in doubt.
     """
 
     name: str
@@ -76,3 +77,4 @@ class JobSpec:
     missing: Callable[[Settings], list[str]] = field(default=lambda settings: [])
     after: tuple[str, ...] = ()
     least_s: float = 1.0
+    destroys: bool = False

@@ -82,6 +82,7 @@ class Call:
     missing: list[str]
     log: FilteringBoundLogger
     claim_id: UUID
+    clock_fault: str | None = None
     started: float = field(default_factory=monotonic)
     is_cleaned_up: bool = True
 
@@ -228,6 +229,8 @@ class Engine:
             return self._outcome(call, "not_configured", missing=call.missing)
         if holder is not None:
             return self._outcome(call, "deduplicated", running_job_id=holder)
+        if call.clock_fault is not None:
+            return await self._record(call, self._outcome(call, "failed", error=f"Clock: {call.clock_fault}"))
         self._log_start(call)
         if self.alerts is not None:
             self.alerts.run_started(call.spec.name, call.job_id)
@@ -277,6 +280,8 @@ class Engine:
                 )
                 if holder is not None:
                     await self._finish_at_once(conn, call, "deduplicated", f"running as {holder}")
+            if spec.destroys:
+                call.clock_fault = await job_runs.find_clock_fault(conn, job=spec.name, host_now=now())
         return holder
 
     async def _finish_at_once(self, conn: Connection, call: Call, state: str, error: str) -> None:

@@ -90,6 +90,7 @@ JOBS: tuple[JobSpec, ...] = (
         starting="idempotency key cleanup",
         keys=cleanup_idempotency.KEYS,
         holds="table",
+        destroys=True,
         run=cleanup_idempotency.run,
     ),
     JobSpec(
@@ -100,6 +101,7 @@ JOBS: tuple[JobSpec, ...] = (
         starting="nightly prune",
         keys=("health_probes", "audit_logs", "daily_stats", "webhook_deliveries", "job_runs"),
         holds="table",
+        destroys=True,
         after=("rollup-stats",),
     ),
     JobSpec(
@@ -129,6 +131,7 @@ JOBS: tuple[JobSpec, ...] = (
         starting="daily expiry process",
         keys=credits_expire.KEYS,
         holds="table",
+        destroys=True,
         run=credits_expire.run,
         after=("credits-grant",),
     ),

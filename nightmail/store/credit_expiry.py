@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
-from nightmail.store.credit_grants import TUNE, Cursor
+from nightmail.store.credit_grants import TUNE, WHOLE, Cursor, Lane
 from nightmail.store.credits import Wallet, expired_fact
 from nightmail.store.database import Connection
 from nightmail.store.fan_out import fan_out
@@ -26,20 +27,24 @@ class ExpiryChunk:
     cursor: Cursor
 
 
-# `past` locks each account and then its batches, account by account, and reads them as they are then: FOR UPDATE
-# returns the newest version of a row that was spent from meanwhile, and drops it when nothing is left. A batch from
-# which a grant that is due will still carry credits over is left to that grant. The ids of one set end after 65,535
-# (nm_nth_id), hence the second LIMIT. No CTE is joined with another, and IS TRUE keeps the planner from making a join
-# of IN: when statistics change in the middle of a run it takes such sets for one row, and nested loops over them for
-# the cheapest.
+# `past` locks each account and then its batches, account by account, and reads them as they are then: the lock returns
+# the newest version of a row that was spent from meanwhile, and drops it when nothing is left. A batch from which a
+# grant will still carry credits over is left to that grant, also while it waits for a payment: what is carried must
+# not depend on when this job runs. The ids of one set end after 65,535 (nm_nth_id), hence the second LIMIT; what it
+# leaves is taken by the same chunk again. No CTE is joined with another, and IS TRUE keeps the planner from making a
+# join of IN: when statistics change in the middle of a run it takes such sets for one row, and nested loops over them
+# for the cheapest.
 EXPIRE_CHUNK = """
 WITH due AS MATERIALIZED (
-    SELECT b.account_id, b.expires_at, b.id
+    SELECT b.account_id, (b.expires_at AT TIME ZONE 'UTC')::date AS day, b.id
     FROM credit_batches AS b
     WHERE b.is_open
+      AND (b.expires_at AT TIME ZONE 'UTC')::date <= (%(until)s AT TIME ZONE 'UTC')::date
       AND b.expires_at <= %(until)s
-      AND (b.expires_at, b.id) > (%(after_at)s::timestamptz, %(after_id)s)
-    ORDER BY b.expires_at, b.id
+      AND ((b.expires_at AT TIME ZONE 'UTC')::date, b.account_id, b.id)
+          > (%(after_day)s::date, %(after_account)s, %(after_id)s)
+      AND (b.account_id >> 10) %% %(lanes)s = %(lane)s
+    ORDER BY (b.expires_at AT TIME ZONE 'UTC')::date, b.account_id, b.id
     LIMIT %(limit)s
 ), past AS MATERIALIZED (
     SELECT a.id AS account_id, a.org_id, a.env, a.user_id, a.balance, a.seq, b.id AS batch_id, b.remaining
@@ -52,11 +57,11 @@ WITH due AS MATERIALIZED (
               SELECT FROM purchases AS p
               WHERE p.id = b.purchase_id
                 AND p.next_grant_at <= nm_now()
-                AND (p.holds_from IS NULL OR p.next_grant_at < p.holds_from)
+                AND (p.ends_at IS NULL OR p.next_grant_at < p.ends_at)
           ) ELSE true END
     ORDER BY a.id, b.id
-    LIMIT 50000
-    FOR UPDATE
+    LIMIT %(most)s
+    FOR NO KEY UPDATE
 ), line AS MATERIALIZED (
     SELECT p.*, nm_nth_id(base.id, row_number() OVER (ORDER BY p.account_id, p.batch_id)) AS id,
            row_number() OVER earlier AS nth, (sum(p.remaining) OVER earlier)::bigint AS so_far
@@ -91,7 +96,7 @@ WITH due AS MATERIALIZED (
 )
 SELECT (SELECT count(*) FROM due), (SELECT coalesce(sum(entries), 0)::bigint FROM total),
        (SELECT count(*) FROM total), (SELECT coalesce(sum(amount), 0)::bigint FROM total),
-       (SELECT max(expires_at) FROM due), (SELECT id FROM due ORDER BY expires_at DESC, id DESC LIMIT 1),
+       last.day, last.account_id, last.id,
        (
            SELECT jsonb_agg(jsonb_build_object(
                'org_id', t.org_id, 'env', t.env, 'user_id', t.user_id, 'amount', t.amount
@@ -102,19 +107,29 @@ SELECT (SELECT count(*) FROM due), (SELECT coalesce(sum(entries), 0)::bigint FRO
                WHERE e.status <> 'disabled' AND 'credits.expired' = ANY (e.topics)
            )) IS TRUE
        )
+FROM (VALUES (1)) AS one
+LEFT JOIN (SELECT day, account_id, id FROM due ORDER BY 1 DESC, 2 DESC, 3 DESC LIMIT 1) AS last ON true
 """
 
 
-async def expire_chunk(conn: Connection, *, until: datetime, after: Cursor, limit: int) -> ExpiryChunk | None:
-    """Book one chunk of what ended at or before `until`, in one transaction; None when nothing is after `after`."""
+# What one transaction books at most.
+MOST = 50_000
+
+
+async def expire_chunk(
+    conn: Connection, *, until: datetime, after: Cursor, limit: int, lane: Lane = WHOLE, most: int = MOST
+) -> ExpiryChunk | None:
+    """Book one chunk of what ended at or before `until`, in one transaction; None when nothing is after `after`.
+
+    When the accounts of the chunk had more than `most` batches to book, its cursor is `after`: the rest comes next.
+    """
     async with conn.transaction():
         await conn.execute(TUNE)
-        cursor = await conn.execute(
-            EXPIRE_CHUNK, {"until": until, "after_at": after.at, "after_id": after.id, "limit": limit}
-        )
+        arguments = {"limit": limit, "most": most, **_place(until, after, lane)}
+        cursor = await conn.execute(EXPIRE_CHUNK, arguments)
         row = await cursor.fetchone()
         assert row is not None, "the statement returns one row"
-        due, batches, users, amount, last_at, last_id, told = row
+        due, batches, users, amount, *last, told = row
         if due == 0:
             return None
         facts = [
@@ -122,32 +137,53 @@ async def expire_chunk(conn: Connection, *, until: datetime, after: Cursor, limi
             for item in told or ()
         ]
         await fan_out(conn, facts)
-    return ExpiryChunk(batches, users, amount, Cursor(last_at, last_id))
+    return ExpiryChunk(batches, users, amount, Cursor(*last) if batches < most else after)
+
+
+def _place(until: datetime, after: Cursor, lane: Lane) -> dict[str, Any]:
+    """Return what says which batches come next."""
+    return {
+        "until": until,
+        "after_day": after.day,
+        "after_account": after.account_id,
+        "after_id": after.id,
+        "lane": lane.number,
+        "lanes": lane.of,
+    }
 
 
 FIRST_ENDED = """
-SELECT expires_at, id
+SELECT (expires_at AT TIME ZONE 'UTC')::date, account_id, id
 FROM credit_batches
 WHERE is_open
+  AND (expires_at AT TIME ZONE 'UTC')::date <= (%(until)s AT TIME ZONE 'UTC')::date
   AND expires_at <= %(until)s
-  AND (expires_at, id) > (%(after_at)s::timestamptz, %(after_id)s)
-ORDER BY expires_at, id
+  AND ((expires_at AT TIME ZONE 'UTC')::date, account_id, id)
+      > (%(after_day)s::date, %(after_account)s, %(after_id)s)
+  AND (account_id >> 10) %% %(lanes)s = %(lane)s
+ORDER BY (expires_at AT TIME ZONE 'UTC')::date, account_id, id
 LIMIT 1
 """
 
 
-async def first_ended(conn: Connection, *, until: datetime, after: Cursor) -> Cursor | None:
+async def first_ended(conn: Connection, *, until: datetime, after: Cursor, lane: Lane = WHOLE) -> Cursor | None:
     """Return where the first batch after `after` stands that is to be booked."""
-    cursor = await conn.execute(FIRST_ENDED, {"until": until, "after_at": after.at, "after_id": after.id})
+    cursor = await conn.execute(FIRST_ENDED, _place(until, after, lane))
     row = await cursor.fetchone()
-    return Cursor(row[0], row[1]) if row else None
+    return Cursor(*row) if row else None
 
 
 COUNT_ENDED = """
 SELECT count(*), count(DISTINCT account_id), coalesce(sum(remaining), 0)::bigint
-FROM credit_batches
+FROM credit_batches AS b
 WHERE is_open
   AND expires_at <= nm_now()
+  AND CASE WHEN rolls_over THEN NOT EXISTS (
+          SELECT FROM purchases AS p
+          WHERE p.id = b.purchase_id
+            AND p.next_grant_at <= nm_now()
+            AND (p.ends_at IS NULL OR p.next_grant_at < p.ends_at)
+      ) ELSE true END
 """
 
 

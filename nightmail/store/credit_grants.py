@@ -1,15 +1,15 @@
 """credit_batches coming in: grants by hand, refunds, clawbacks, and the grants of subscriptions in sets.
 
-A chunk grants one period each of up to `limit` purchases, in the order in which the periods begin. A subscription that
-missed several has its next one somewhere after or before the chunk's end: a run goes through all that is due again and
-again until nothing is. Locks: purchases → accounts → batches.
+A chunk grants one period each of up to `limit` purchases, in the order of the days on which the periods begin, and of
+the accounts. A subscription that missed several has its next one somewhere after or before the chunk's end: a run goes
+through all that is due again and again until nothing is. Locks: purchases → accounts → batches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any, Literal
+from datetime import UTC, date, datetime
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from nightmail.rules.credits import REFUND_DAYS, fingerprint
@@ -142,13 +142,28 @@ async def claw_back(
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """How far a run has come, by the time and the id of a row."""
+    """How far a run has come: the day (UTC) on which something begins or ends, whose it is, and the id of the row."""
 
-    at: datetime | Literal["-infinity"] = "-infinity"
+    day: date | Literal["-infinity"] = "-infinity"
+    account_id: int = 0
     id: UUID = field(default=UUID(int=0))
 
 
 START = Cursor()
+
+
+class Lane(NamedTuple):
+    """One of the `of` parts in which a run works side by side; blocks of 1,024 accounts are dealt out to them in turn.
+
+    Each account is in one lane, so that no lane waits for another's lock; and blocks, so that neither writes to the
+    other's pages.
+    """
+
+    number: int = 0
+    of: int = 1
+
+
+WHOLE = Lane()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +187,15 @@ GRANT_CHUNK = """
 WITH due AS MATERIALIZED (
     SELECT p.id AS purchase_id, p.account_id, p.plan_id, p.anchor, p.next_period, p.next_grant_at AS period_start
     FROM purchases AS p
-    WHERE p.next_grant_at <= nm_now()
+    WHERE (p.next_grant_at AT TIME ZONE 'UTC')::date <= (nm_now() AT TIME ZONE 'UTC')::date
+      AND p.next_grant_at <= nm_now()
       AND (p.holds_from IS NULL OR p.next_grant_at < p.holds_from)
-      AND (p.next_grant_at, p.id) > (%(after_at)s::timestamptz, %(after_id)s)
+      AND ((p.next_grant_at AT TIME ZONE 'UTC')::date, p.account_id, p.id)
+          > (%(after_day)s::date, %(after_account)s, %(after_id)s)
       AND (p.failed_run IS NOT NULL) = %(again)s
       AND p.failed_run IS DISTINCT FROM %(job_id)s
-    ORDER BY p.next_grant_at, p.id
+      AND (p.account_id >> 10) %% %(lanes)s = %(lane)s
+    ORDER BY (p.next_grant_at AT TIME ZONE 'UTC')::date, p.account_id, p.id
     LIMIT %(limit)s
     FOR UPDATE
 ), locked AS MATERIALIZED (
@@ -185,13 +203,13 @@ WITH due AS MATERIALIZED (
     FROM due AS d
     JOIN credit_accounts AS a ON a.id = d.account_id
     ORDER BY a.id
-    FOR UPDATE OF a
+    FOR NO KEY UPDATE OF a
 ), period AS MATERIALIZED (
     SELECT d.*, n.credits, n.priority, n.rollover_cap > 0 AS rolls_over,
            CASE WHEN n.expires THEN
                nm_period_start(d.anchor, d.next_period + 1) + make_interval(hours => 24 * n.grace_days)
            END AS expires_at,
-           nm_nth_id(base.id, row_number() OVER (ORDER BY d.period_start, d.purchase_id)) AS id
+           nm_nth_id(base.id, row_number() OVER (ORDER BY d.account_id, d.purchase_id)) AS id
     FROM locked AS d
     JOIN plans AS n ON n.id = d.plan_id
     CROSS JOIN (SELECT nm_uuid7()::text AS id) AS base
@@ -241,8 +259,7 @@ WITH due AS MATERIALIZED (
     WHERE p.id = d.purchase_id
 )
 SELECT (SELECT count(*) FROM due), (SELECT count(*) FROM line),
-       (SELECT max(period_start) FROM due),
-       (SELECT purchase_id FROM due ORDER BY period_start DESC, purchase_id DESC LIMIT 1),
+       last.day, last.account_id, last.purchase_id,
        (SELECT array_agg(id) FROM line WHERE rolls_over),
        (
            SELECT jsonb_agg(jsonb_build_object(
@@ -256,13 +273,22 @@ SELECT (SELECT count(*) FROM due), (SELECT count(*) FROM line),
                WHERE e.status <> 'disabled' AND 'credits.granted' = ANY (e.topics)
            )) IS TRUE
        )
+FROM (VALUES (1)) AS one
+LEFT JOIN (
+    SELECT (period_start AT TIME ZONE 'UTC')::date AS day, account_id, purchase_id
+    FROM due
+    ORDER BY 1 DESC, 2 DESC, 3 DESC
+    LIMIT 1
+) AS last ON true
 """
 
 # The same for one purchase, when it was just made or changed.
 GRANT_ONE = GRANT_CHUNK.replace(
-    """      AND (p.next_grant_at, p.id) > (%(after_at)s::timestamptz, %(after_id)s)
+    """      AND ((p.next_grant_at AT TIME ZONE 'UTC')::date, p.account_id, p.id)
+          > (%(after_day)s::date, %(after_account)s, %(after_id)s)
       AND (p.failed_run IS NOT NULL) = %(again)s
       AND p.failed_run IS DISTINCT FROM %(job_id)s
+      AND (p.account_id >> 10) %% %(lanes)s = %(lane)s
 """,
     "      AND p.id = %(purchase_id)s\n",
 )
@@ -344,16 +370,29 @@ TUNE = "SELECT set_config('random_page_cost', '1.1', true), set_config('jit', 'o
 
 
 async def grant_chunk(
-    conn: Connection, *, job_id: UUID, after: Cursor, limit: int, again: bool = False
+    conn: Connection, *, job_id: UUID, after: Cursor, limit: int, again: bool = False, lane: Lane = WHOLE
 ) -> GrantChunk | None:
     """Grant the next due period of up to `limit` purchases in one transaction; None when nothing is due after `after`.
 
     `again` False leaves out what an earlier run could not grant, True takes only that.
     """
-    arguments = {"job_id": job_id, "after_at": after.at, "after_id": after.id, "limit": limit, "again": again}
+    arguments = {"limit": limit, **_place(job_id, after, again, lane)}
     async with conn.transaction():
         await conn.execute(TUNE)
         return await _grant(conn, GRANT_CHUNK, arguments)
+
+
+def _place(job_id: UUID, after: Cursor, again: bool, lane: Lane) -> dict[str, Any]:
+    """Return what says which purchases come next."""
+    return {
+        "job_id": job_id,
+        "after_day": after.day,
+        "after_account": after.account_id,
+        "after_id": after.id,
+        "again": again,
+        "lane": lane.number,
+        "lanes": lane.of,
+    }
 
 
 async def grant_purchase(conn: Connection, purchase_id: UUID) -> int:
@@ -365,25 +404,28 @@ async def grant_purchase(conn: Connection, purchase_id: UUID) -> int:
 
 
 async def _grant(conn: Connection, statement: Any, arguments: dict[str, Any]) -> GrantChunk | None:
-    processed, successful, last_at, last_id, rolling, told = await _one(conn, statement, arguments)
+    processed, successful, *last, rolling, told = await _one(conn, statement, arguments)
     if processed == 0:
         return None
     if rolling:
         await conn.execute(ROLL_OVER, {"grants": rolling})
     await fan_out(conn, [_told_fact(item) for item in told or ()])
-    return GrantChunk(processed, successful, processed - successful, Cursor(last_at, last_id))
+    return GrantChunk(processed, successful, processed - successful, Cursor(*last))
 
 
 MARK_FAILED = """
 WITH due AS MATERIALIZED (
     SELECT p.id, p.next_grant_at
     FROM purchases AS p
-    WHERE p.next_grant_at <= nm_now()
+    WHERE (p.next_grant_at AT TIME ZONE 'UTC')::date <= (nm_now() AT TIME ZONE 'UTC')::date
+      AND p.next_grant_at <= nm_now()
       AND (p.holds_from IS NULL OR p.next_grant_at < p.holds_from)
-      AND (p.next_grant_at, p.id) > (%(after_at)s::timestamptz, %(after_id)s)
+      AND ((p.next_grant_at AT TIME ZONE 'UTC')::date, p.account_id, p.id)
+          > (%(after_day)s::date, %(after_account)s, %(after_id)s)
       AND (p.failed_run IS NOT NULL) = %(again)s
       AND p.failed_run IS DISTINCT FROM %(job_id)s
-    ORDER BY p.next_grant_at, p.id
+      AND (p.account_id >> 10) %% %(lanes)s = %(lane)s
+    ORDER BY (p.next_grant_at AT TIME ZONE 'UTC')::date, p.account_id, p.id
     LIMIT 1
     FOR UPDATE
 )
@@ -392,18 +434,18 @@ SET failed_run = %(job_id)s,
     grant_error = %(error)s
 FROM due
 WHERE p.id = due.id
-RETURNING due.next_grant_at, p.id
+RETURNING (due.next_grant_at AT TIME ZONE 'UTC')::date, p.account_id, p.id
 """
 
 
-async def mark_grant_failed(conn: Connection, *, after: Cursor, again: bool, job_id: UUID, error: str) -> Cursor | None:
+async def mark_grant_failed(
+    conn: Connection, *, job_id: UUID, after: Cursor, error: str, again: bool = False, lane: Lane = WHOLE
+) -> Cursor | None:
     """Note why the first due purchase after `after` could not be granted; return where it stands."""
-    cursor = await conn.execute(
-        MARK_FAILED,
-        {"after_at": after.at, "after_id": after.id, "again": again, "job_id": job_id, "error": error[:500]},
-    )
+    arguments = {"error": error[:500], **_place(job_id, after, again, lane)}
+    cursor = await conn.execute(MARK_FAILED, arguments)
     row = await cursor.fetchone()
-    return Cursor(row[0], row[1]) if row else None
+    return Cursor(*row) if row else None
 
 
 COUNT_DUE = """

@@ -47,6 +47,36 @@ async def insert_run(
     )
 
 
+# A database and a host further apart than this do not agree on what day it is, near midnight.
+CLOCKS_APART_S = 300
+
+# The clock of the server itself, without the offset of tests; but the time of the last run as it was written, which has
+# that offset as nm_now() has it. The newest slot may be of a run that was asked for early, by a minute at most.
+CLOCKS = """
+SELECT extract(epoch FROM clock_timestamp() - %(host_now)s)::float8,
+       (
+           SELECT extract(epoch FROM r.started_at - nm_now())::float8
+           FROM job_runs AS r
+           WHERE r.job = %(job)s
+             AND r.state = 'succeeded'
+           ORDER BY r.slot DESC
+           LIMIT 1
+       )
+"""
+
+
+async def find_clock_fault(conn: Connection, *, job: str, host_now: datetime) -> str | None:
+    """Say why the clock is in doubt: the server's and the host's differ, or it has gone back since the last run."""
+    row = await (await conn.execute(CLOCKS, {"job": job, "host_now": host_now})).fetchone()
+    assert row is not None, "SELECT without FROM has one row"
+    apart, back = row
+    if abs(apart) > CLOCKS_APART_S:
+        return f"PostgreSQL's is {apart:+.0f} s from this host's; set both by NTP, then run the job again"
+    if back is not None and back > CLOCKS_APART_S:
+        return f"PostgreSQL's has gone back: the last run began {back:.0f} s from now; set it, or wait so long"
+    return None
+
+
 # The job_id is new with every call, so it is the fencing token here. A run that was marked 'interrupted' because its
 # process slept has ended after all.
 FINISH_RUN = """

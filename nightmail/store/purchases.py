@@ -6,7 +6,7 @@ nobody waits for midnight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, LiteralString
 from uuid import UUID
@@ -64,6 +64,7 @@ class PurchaseView:
     ends_at: datetime | None
     grant_error: str | None
     created_at: datetime
+    billed_from: datetime | None
 
     @property
     def wallet(self) -> Wallet:
@@ -106,13 +107,18 @@ async def create_purchase(
             return "unknown_plan"
         at = await _read_clock(conn)
         purchase_id = new_id()
-        row = await _row(conn, purchase_id, wallet, plan, new, at)
+        row = _row(purchase_id, wallet, plan, new, at)
         if last_period(row["anchor"], at) - row["next_period"] >= MOST_MONTHS_AT_ONCE:
             return "too_long_ago"
-        cursor = await conn.execute(INSERT, row)
-        if cursor.rowcount == 0:
-            found = await _find(conn, GET_BY_REFERENCE, wallet=wallet, external_ref=new.external_ref)
-            assert found is not None, "the insert met it"
+        # Looked for first, so that a request which is refused does not leave an account behind.
+        found = await _find(conn, GET_BY_REFERENCE, wallet=wallet, external_ref=new.external_ref)
+        if found is None:
+            account_id = await _account(conn, wallet)
+            cursor = await conn.execute(INSERT, {**row, "account_id": account_id})
+            if cursor.rowcount == 0:
+                found = await _find(conn, GET_BY_REFERENCE, wallet=wallet, external_ref=new.external_ref)
+                assert found is not None, "the insert met it"
+        if found is not None:
             is_same = found.user_id == wallet.user_id and found.plan_id == new.plan_id
             return found if is_same else "other_body"
         await insert_audit_log(
@@ -150,16 +156,24 @@ async def _give_at_once(
         await _must_grant(conn, wallet, first)
 
 
-async def _row(
-    conn: Connection, purchase_id: UUID, wallet: Wallet, plan: Plan, new: NewPurchase, at: datetime
-) -> dict[str, Any]:
-    """Return the columns of a new purchase; makes the account when there is none."""
+async def _account(conn: Connection, wallet: Wallet) -> int:
+    """Return the account's id; makes it when there is none."""
     wanted = {"org_id": wallet.org_id, "env": wallet.env, "user_id": wallet.user_id}
-    account_id = None
-    while account_id is None:  # a concurrent insert is seen by the next statement only
+    while True:  # a concurrent insert is seen by the next statement only
         row = await (await conn.execute(ACCOUNT, wanted)).fetchone()
-        account_id = row[0] if row else None
-    row = {**wanted, "id": purchase_id, "account_id": account_id, "plan_id": plan.id, "external_ref": new.external_ref}
+        if row is not None:
+            return int(row[0])
+
+
+def _row(purchase_id: UUID, wallet: Wallet, plan: Plan, new: NewPurchase, at: datetime) -> dict[str, Any]:
+    """Return the columns of a new purchase but for the account."""
+    row = {
+        "org_id": wallet.org_id,
+        "env": wallet.env,
+        "id": purchase_id,
+        "plan_id": plan.id,
+        "external_ref": new.external_ref,
+    }
     if plan.kind == "pack":
         return {
             **row,
@@ -189,7 +203,8 @@ async def _row(
 
 COLUMNS = """
 SELECT p.id, p.org_id, p.env, a.user_id, p.plan_id, p.external_ref, p.status, p.anchor, p.grants_from, p.next_period,
-       p.next_grant_at, p.holds_from, p.past_due_at, p.ends_at, p.grant_error, p.created_at
+       p.next_grant_at, p.holds_from, p.past_due_at, p.ends_at, p.grant_error, p.created_at,
+       p.billed_from
 FROM purchases AS p
 JOIN credit_accounts AS a ON a.id = p.account_id
 """
@@ -233,7 +248,10 @@ SET plan_id = %(plan_id)s,
     status = %(status)s,
     past_due_at = %(past_due_at)s,
     ends_at = %(ends_at)s,
-    holds_from = %(holds_from)s
+    holds_from = %(holds_from)s,
+    billed_from = %(billed_from)s,
+    next_period = %(next_period)s,
+    next_grant_at = %(next_grant_at)s
 WHERE id = %(id)s
 """
 
@@ -250,7 +268,8 @@ async def set_status(
     """Say that a subscription is paid, unpaid or canceled, and grant what is due by then.
 
     A canceled one ends when its billing interval does, at once without `at_period_end`, or at `ends_at`. Paid again
-    after `past_due`, it is given the months that waited. A canceled one that is made active goes on.
+    after `past_due`, it is given the months that waited. A canceled one that is made active goes on: when it had ended,
+    with the month that runs, because nobody has paid for those between.
     """
     async with conn.transaction():
         found = await _find(conn, LOCK, purchase_id=purchase_id)
@@ -259,14 +278,17 @@ async def set_status(
         plan = await get_plan(conn, found.plan_id)
         assert plan is not None, "a plan that was bought is not deleted"
         at = await _read_clock(conn)
-        past_due_at, end = found.past_due_at, found.ends_at
+        if status == "past_due":
+            return await _change(conn, replace(found, past_due_at=found.past_due_at or at), plan, status, actor)
         if status == "active":
-            past_due_at = end = None
-        elif status == "past_due":
-            past_due_at = past_due_at or at
-        else:
-            end = ends_at or (billing_end(found.anchor, plan.interval_months, at) if at_period_end else at)
-        return await _change(conn, found, plan, status, past_due_at, end, actor)
+            resumed = replace(found, past_due_at=None, ends_at=None)
+            if found.ends_at is not None and found.ends_at <= at:
+                resumed = replace(resumed, next_period=max(found.next_period, last_period(found.anchor, at)))
+            return await _change(conn, resumed, plan, status, actor)
+        if ends_at is None:
+            billed_from = found.billed_from or found.anchor
+            ends_at = billing_end(billed_from, plan.interval_months, at) if at_period_end else at
+        return await _change(conn, replace(found, ends_at=ends_at), plan, status, actor)
 
 
 async def change_plan(
@@ -275,7 +297,8 @@ async def change_plan(
     """Move a subscription to another plan from now on.
 
     If the month that runs was granted already and the new plan gives more, the difference is given at once, at most up
-    to the new plan's credits however often the plan is changed; a smaller plan begins with the next month.
+    to the new plan's credits however often the plan is changed; a smaller plan begins with the next month. Another
+    interval of billing begins now; the months stay where they are.
     """
     async with conn.transaction():
         found = await _find(conn, LOCK, purchase_id=purchase_id)
@@ -286,45 +309,52 @@ async def change_plan(
             return "unknown_plan"
         if found.status == "paid" or plan.kind == "pack":
             return "not_a_subscription"
-        changed = await _change(conn, found, plan, found.status, found.past_due_at, found.ends_at, actor)
-        await _top_up(conn, changed, plan, await _read_clock(conn))
+        before = await get_plan(conn, found.plan_id)
+        assert before is not None, "a plan that was bought is not deleted"
+        at = await _read_clock(conn)
+        if plan.interval_months != before.interval_months and found.status != "trialing":
+            found = replace(found, billed_from=at)
+        changed = await _change(conn, found, plan, found.status, actor)
+        if changed.holds_from is None or changed.holds_from > at:
+            await _top_up(conn, changed, plan, at)
         return changed
 
 
 async def _change(
-    conn: Connection,
-    found: PurchaseView,
-    plan: Plan,
-    status: PurchaseStatus,
-    past_due_at: datetime | None,
-    ends_at: datetime | None,
-    actor: str,
+    conn: Connection, wanted: PurchaseView, plan: Plan, status: PurchaseStatus, actor: str
 ) -> PurchaseView:
-    """Write the new state of a locked purchase, and grant what is due by then."""
+    """Write what a locked purchase is to be, and grant what is due by then."""
     holds = holds_from(
-        status, anchor=found.anchor, past_due_at=past_due_at, past_due_days=plan.past_due_days, ends_at=ends_at
+        status,
+        anchor=wanted.anchor,
+        past_due_at=wanted.past_due_at,
+        past_due_days=plan.past_due_days,
+        ends_at=wanted.ends_at,
     )
     await conn.execute(
         UPDATE,
         {
-            "id": found.id,
+            "id": wanted.id,
             "plan_id": plan.id,
             "status": status,
-            "past_due_at": past_due_at,
-            "ends_at": ends_at,
+            "past_due_at": wanted.past_due_at,
+            "ends_at": wanted.ends_at,
             "holds_from": holds,
+            "billed_from": wanted.billed_from,
+            "next_period": wanted.next_period,
+            "next_grant_at": period_start(wanted.anchor, wanted.next_period),
         },
     )
     await insert_audit_log(
         conn,
         actor=actor,
         action="purchase.changed",
-        org_id=found.org_id,
-        target=str(found.id),
+        org_id=wanted.org_id,
+        target=str(wanted.id),
         detail={"plan": plan.id, "status": status},
     )
-    await grant_purchase(conn, found.id)
-    changed = await _find(conn, GET, purchase_id=found.id)
+    await grant_purchase(conn, wanted.id)
+    changed = await _find(conn, GET, purchase_id=wanted.id)
     assert changed is not None, "it is locked"
     return changed
 

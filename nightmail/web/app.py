@@ -23,6 +23,7 @@ from nightmail.errors import DatabaseAway
 from nightmail.ids import new_id
 from nightmail.web.api.table import OPERATIONS
 from nightmail.web.auth import KeyCache
+from nightmail.web.directory import Directory
 from nightmail.web.inbound import inbound_routes
 from nightmail.web.openapi import documentation_routes
 from nightmail.web.operation import Operation, OperationsAt, Reply, State, reply_away, send_reply
@@ -70,12 +71,12 @@ def create_app(
 
 
 def operation_routes(state: State, operations: Sequence[Operation]) -> list[BaseRoute]:
-    """Return one route per path: what is written out comes before what is a parameter."""
+    """Return the route of all operations: of two paths the one that is written out comes before a parameter."""
     by_path: dict[str, list[Operation]] = {}
     for operation in operations:
         by_path.setdefault(operation.path, []).append(operation)
     paths = sorted(by_path, key=lambda path: [part.startswith("{") for part in path.split("/")])
-    return [Route(path, OperationsAt(state, by_path[path])) for path in paths]
+    return [Directory([Route(path, OperationsAt(state, by_path[path])) for path in paths])]
 
 
 def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -36,6 +36,7 @@ WALLETS = 4
 REFERENCES = 400
 LOCKING = ("nm_credit_spend", "nm_credit_close", "nm_credit_settle", "nm_credit_grant", "nm_credit_refund",
            "nm_credit_claw_back")  # fmt: skip
+LOCK = "FOR NO KEY UPDATE"
 # Waiting where the lock was makes the races that it prevents happen. Only now and then, so that much else happens too.
 GAP = "; PERFORM pg_sleep(0.004) WHERE random() < 0.3; PERFORM;"
 
@@ -59,8 +60,8 @@ def mutate(url: str, mutant: str) -> None:
         return
     with psycopg.connect(url, autocommit=True) as conn:
         for (text,) in conn.execute(DEFINITION, {"names": list(LOCKING)}).fetchall():
-            assert "FOR UPDATE;" in text
-            conn.execute(text.replace("FOR UPDATE;", GAP))
+            assert LOCK + ";" in text
+            conn.execute(text.replace(LOCK + ";", GAP))
         if mutant == "naked":
             conn.execute(CONSTRAINTS)
 
@@ -125,7 +126,11 @@ def main() -> None:
     mutate(url, mutant)
     if mutant != "none":
         for module, name in ((credit_grants, "GRANT_CHUNK"), (credit_expiry, "EXPIRE_CHUNK")):
-            setattr(module, name, getattr(module, name).replace("FOR UPDATE", ""))
+            setattr(
+                module,
+                name,
+                getattr(module, name).replace(LOCK + " OF a", "").replace(LOCK, "").replace("FOR UPDATE", ""),
+            )
     chance = random.Random(int(seed))
     until = time.monotonic() + float(seconds)
     crew: dict[int, float] = {}

@@ -67,6 +67,12 @@ class Ledger:
         self.tell("BEGIN")
         self.is_begun = True
 
+    @property
+    def midnight(self) -> float:
+        """Return when the UTC day of the start began, in days."""
+        start = self.start.astimezone(UTC)
+        return (start.replace(hour=0, minute=0, second=0, microsecond=0) - start) / timedelta(days=1)
+
     def close(self) -> None:
         """End the connection and the loop."""
         self.do(self.conn.close())

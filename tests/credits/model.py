@@ -36,7 +36,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ledger.begin()
-        self.oracle = Oracle()
+        self.oracle = Oracle(midnight=self.ledger.midnight)
         self.purchases: list[PurchaseView] = []
 
     @rule(reference=REFERENCES, amount=AMOUNTS, priority=st.sampled_from([10, 100]), lasts=EXPIRIES)

@@ -6,6 +6,7 @@ Time is a number of days since some start; expiry at exactly `now` has happened.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import floor
 from typing import Any
 
 REFUND_DAYS = 30
@@ -76,16 +77,17 @@ class Subscription:
     next: int = 0
     holds_from: float = NEVER
 
-    def is_after(self, passed: tuple[float, int]) -> bool:
-        """Return whether its next period comes after another one, by start and number."""
-        return (self.starts[self.next], self.number) > passed
+    def place(self, midnight: float) -> tuple[int, int]:
+        """Return where its next period stands in the order of a run: by the day on which it begins, and number."""
+        return floor(self.starts[self.next] - midnight), self.number
 
 
 @dataclass
 class Oracle:
-    """One wallet."""
+    """One wallet; a UTC day begins at `midnight`, a part of a day before or after the start."""
 
     now: float = 0
+    midnight: float = 0
     batches: list[Batch] = field(default_factory=list)
     spends: dict[str, Spend] = field(default_factory=dict)
     grants: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -221,11 +223,13 @@ class Oracle:
         count = 0
         while self.due():
             passed: tuple[float, int] = (-NEVER, 0)
-            while chunk := sorted((s.starts[s.next], s.number) for s in self.due() if s.is_after(passed))[:limit]:
-                for _, number in chunk:
-                    self._grant_period(self.subscriptions[number])
-                for start, number in sorted(chunk, key=lambda item: item[1]):
-                    self._carry_over(self.subscriptions[number], start)
+            while chunk := sorted(p for s in self.due() if (p := s.place(self.midnight)) > passed)[:limit]:
+                members = [self.subscriptions[number] for number in sorted(number for _, number in chunk)]
+                starts = [s.starts[s.next] for s in members]
+                for s in members:
+                    self._grant_period(s)
+                for s, start in zip(members, starts, strict=True):
+                    self._carry_over(s, start)
                 count, passed = count + len(chunk), chunk[-1]
         return count
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import psycopg
 import pytest
 
 from nightmail.jobs import credits_expire
-from nightmail.store import credits
+from nightmail.store import credit_expiry, credits
 from nightmail.store.credit_history import get_balance
 from nightmail.store.credits import Done, Insufficient
 from tests.credits.office import listen, office
@@ -99,4 +100,20 @@ async def test_runs_at_once_and_spends_between_them_book_each_batch_once(databas
             done = [await run for run in runs]
             assert sum(outcome.counts["processed_batches"] for outcome in done) == 40
             assert later.rows("SELECT DISTINCT balance FROM credit_accounts") == [(7,)]
+            assert await later.violations() == {}
+
+
+async def test_more_batches_than_a_transaction_takes_are_all_booked_by_one_run(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(credits_expire, "CHUNK", 4)
+    whole = credit_expiry.expire_chunk
+    monkeypatch.setattr(credit_expiry, "expire_chunk", partial(whole, most=5))
+    async with office(database_url, wallets=3) as desk:
+        with psycopg.connect(database_url, autocommit=True) as conn:
+            for number in range(7):
+                seed_batches(conn, desk.org_id, reference=f"r{number}", amount=10, lasts="1 day")
+        async with office(database_url, org_id=desk.org_id, clock_offset="3 days") as later:
+            counts = (await later.run("credits-expire")).counts
+            assert (counts["processed_batches"], counts["total_expired_amount"]) == (21, 210)
             assert await later.violations() == {}

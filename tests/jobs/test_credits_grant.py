@@ -126,6 +126,7 @@ async def test_a_crash_between_chunks_loses_nothing_and_grants_nothing_twice(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(credits_grant, "CHUNK", 3)
+    monkeypatch.setattr(credits_grant, "LANES", 1)
     async with office(database_url, wallets=10, ago="1 day", crash="credits-grant:chunk_granted:raise:2") as desk:
         broken = await desk.place.engine.run("credits-grant", trigger="test")
         assert broken.state == "failed"

@@ -42,6 +42,7 @@ TABLES = (
     "credit_entries",
     "credit_reservations",
     "credit_prices",
+    "credit_bonuses",
     "plans",
     "purchases",
 )

@@ -139,7 +139,7 @@ async def create_purchase(call: Call[CreatePurchase]) -> Reply:
     if made == "other_body":
         raise Problem(409, "external_ref_used", "This `external_ref` is of another user or plan.")
     assert isinstance(made, PurchaseView)
-    return Reply(_item(made), 201)
+    return Reply(purchase_item(made), 201)
 
 
 async def list_purchases(call: Call[None]) -> Reply:
@@ -149,7 +149,7 @@ async def list_purchases(call: Call[None]) -> Reply:
         views, has_more = await purchases.list_purchases(
             conn, org_id=page.org, limit=page.limit, after=page.after, before=page.before
         )
-    return Reply(ListOf(data=[_item(view) for view in views], has_more=has_more))
+    return Reply(ListOf(data=[purchase_item(view) for view in views], has_more=has_more))
 
 
 async def get_purchase(call: Call[None]) -> Reply:
@@ -158,7 +158,7 @@ async def get_purchase(call: Call[None]) -> Reply:
         view = await purchases.get_purchase(conn, call.ids["id"])
     if view is None:
         raise not_found("Purchase")
-    return Reply(_item(view))
+    return Reply(purchase_item(view))
 
 
 async def change_purchase(call: Call[ChangePurchase]) -> Reply:
@@ -177,7 +177,7 @@ async def change_purchase(call: Call[ChangePurchase]) -> Reply:
 
     changed = await call.services.database.run(step)
     if isinstance(changed, PurchaseView):
-        return Reply(_item(changed))
+        return Reply(purchase_item(changed))
     if changed == "unknown_plan":
         raise invalid(f"Invalid `plan` field: there is no plan `{body.plan}`.")
     if changed == "not_a_subscription":
@@ -185,7 +185,9 @@ async def change_purchase(call: Call[ChangePurchase]) -> Reply:
     raise not_found("Purchase")
 
 
-def _item(view: PurchaseView) -> PurchaseItem:
+def purchase_item(view: PurchaseView) -> PurchaseItem:
+    """Return a purchase as clients see it."""
+
     def utc(at: datetime | None) -> datetime | None:
         return at and at.astimezone(UTC)
 

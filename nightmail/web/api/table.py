@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nightmail.web.api import (
     api_keys,
+    credit_accounts,
     credit_grants,
     credit_prices,
     credits,
@@ -29,6 +30,7 @@ OPERATIONS: tuple[Operation, ...] = (
     *webhook_events.OPERATIONS,
     *api_keys.OPERATIONS,
     *usage.OPERATIONS,
+    *credit_accounts.OPERATIONS,
     *credits.OPERATIONS,
     *credit_grants.OPERATIONS,
     *credit_prices.OPERATIONS,
