@@ -1,4 +1,4 @@
-"""Seeds in SQL: orgs without a limit (metered), messages, bodies, queue rows and fair-share hints, as accepting them would have left them.
+"""Seeds in SQL: orgs without a limit, messages, bodies, queue rows and fair-share hints, as accepting would leave them.
 
 And webhook endpoints with deliveries, as sending would have left those: neither numbered nor with a body.
 """

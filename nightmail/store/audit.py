@@ -105,7 +105,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     ),
     Invariant(
         "used",
-        "used units are those of the sent events, the message's own or what the event says when fewer: included ones first",
+        "used units are those of the sent events, or fewer where one says so: included, then credits, then metered",
         """
         SELECT org_id
         FROM (
@@ -181,15 +181,11 @@ INVARIANTS: tuple[Invariant, ...] = (
               AND reference LIKE 'message:%'
             UNION ALL
             SELECT m.credit_account_id, concat_ws('/', 'message:' || m.id, nullif(m.rerated, 0)), 0,
-                   m.credits / m.credit_units * greatest(
-                       least(
-                           coalesce((e.data ->> 'units')::bigint, m.units) - (m.units - m.credit_units - m.metered_units),
-                           m.credit_units
-                       ),
-                       0
-                   )
+                   m.credits / m.credit_units * greatest(least(sent.units - included.units, m.credit_units), 0)
             FROM message_events AS e
             JOIN messages AS m ON m.id = e.message_id
+            CROSS JOIN LATERAL (SELECT m.units - m.credit_units - m.metered_units) AS included (units)
+            CROSS JOIN LATERAL (SELECT coalesce((e.data ->> 'units')::bigint, m.units)) AS sent (units)
             WHERE e.kind = 'sent'
               AND m.credits > 0
         ) AS both_sides
