@@ -120,11 +120,10 @@ BEGIN
     FROM orgs AS o
     LEFT JOIN credit_accounts AS a ON a.org_id = o.id AND a.env = 'live' AND a.user_id = o.billing_user
     WHERE o.id = p_org_id;
-    IF is_metered AND wallet IS NULL THEN
-        PERFORM pg_advisory_xact_lock_shared(1853451636, nm_quota_guard(p_org_id));
-    ELSE
+    IF NOT (is_metered AND wallet IS NULL) THEN
         PERFORM nm_quota_open(p_org_id, array_fill(p_channel, ARRAY[cardinality(p_periods)]), p_periods);
     END IF;
+    PERFORM pg_advisory_xact_lock_shared(1853451636, nm_quota_guard(p_org_id));
     PERFORM FROM usage_quotas AS q
     WHERE q.org_id = p_org_id AND q.channel = p_channel AND q.period = ANY (p_periods)
     ORDER BY q.period
