@@ -1,4 +1,4 @@
-"""Seeds in SQL: orgs, messages, bodies, queue rows and fair-share hints, as accepting them would have left them.
+"""Seeds in SQL: orgs without a limit, messages, bodies, queue rows and fair-share hints, as accepting would leave them.
 
 And webhook endpoints with deliveries, as sending would have left those: neither numbered nor with a body.
 """
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from bench.server import Connection
 
 ORGS = """
-INSERT INTO orgs (id, name)
-SELECT ('00000000-0000-7000-8000-' || lpad(to_hex(i), 12, '0'))::uuid, 'org ' || i
+INSERT INTO orgs (id, name, plan, billing)
+SELECT ('00000000-0000-7000-8000-' || lpad(to_hex(i), 12, '0'))::uuid, 'org ' || i, 'pro', 'metered'
 FROM generate_series(1, %(orgs)s) AS i
 """
 

@@ -29,7 +29,15 @@ from nightmail.credit_commands import credits_app, purchase_app
 from nightmail.demo import run_demo
 from nightmail.engine.runner import RunOutcome
 from nightmail.engine.schedule import BadSlot, named_slot, next_slot
-from nightmail.errors import DatabaseAway, EmbeddedError, MigrationError, NightmailError, NotConfigured, SettingsError
+from nightmail.errors import (
+    DatabaseAway,
+    EmbeddedError,
+    MigrationError,
+    NightmailError,
+    NotConfigured,
+    SettingsError,
+    UnknownPlan,
+)
 from nightmail.jobs.table import JOBS
 from nightmail.log import configure_logging
 from nightmail.main import Application, open_application, open_servers
@@ -340,28 +348,35 @@ def demo_command(
 @org_app.command("create")
 def org_create(
     name: Annotated[str, typer.Argument(help="What people call the org.")],
-    plan: Annotated[str, typer.Option(help="free or pro.")] = "free",
+    plan: Annotated[str, typer.Option(help="A message plan: free, pro, or one of your own.")] = "free",
     billing: Annotated[
-        str | None, typer.Option(help="quota, prepaid or metered; free is quota, pro is metered.")
+        str | None, typer.Option(help="quota, prepaid or metered; free is quota, others are metered.")
     ] = None,
     stripe_customer: Annotated[str | None, typer.Option(help="Stripe customer id, for overage.")] = None,
     send_policy: Annotated[str, typer.Option(help="at_least_once or at_most_once.")] = "at_least_once",
+    billing_user: Annotated[str, typer.Option(help="Whose credits pay for the org's messages.")] = "billing",
     data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Make an org with a live and a test key; the keys are shown this once."""
-    choose("--plan", plan, ("free", "pro"))
-    billing = choose("--billing", billing or ("metered" if plan == "pro" else "quota"), ("quota", "prepaid", "metered"))
+    billing = choose(
+        "--billing", billing or ("quota" if plan == "free" else "metered"), ("quota", "prepaid", "metered")
+    )
     choose("--send-policy", send_policy, ("at_least_once", "at_most_once"))
     if not 1 <= len(name) <= 200 or "\0" in name or not name.isprintable():
         fail("NAME must have 1 to 200 printable characters", Exit.USAGE)
-    new = NewOrg(name, plan, billing, stripe_customer, send_policy)
+    if not 1 <= len(billing_user) <= 200 or not billing_user.isprintable() or "/" in billing_user:
+        fail("--billing-user must have 1 to 200 printable characters, without `/`", Exit.USAGE)
+    new = NewOrg(name, plan, billing, stripe_customer, send_policy, billing_user)
 
     async def work(application: Application) -> dict[str, str]:
         view, live, test = await application.database.run(lambda conn: create_org(conn, new, actor="cli"))
         return {"id": str(view.id), "live_key": live, "test_key": test}
 
-    made = with_application(data, work)
+    try:
+        made = with_application(data, work)
+    except UnknownPlan as error:
+        fail(f"--plan: {error}", Exit.USAGE)
     if as_json:
         print_json(made)
     else:

@@ -6,6 +6,7 @@ NightmailError
 ├── MigrationError           the schema in the database and the files of this version disagree
 ├── NotConfigured            a job or provider lacks a setting it needs (HTTP 501, names in `missing`)
 ├── DatabaseAway             PostgreSQL cannot be reached or cannot take writes now (HTTP 503)
+├── UnknownPlan              no message plan has this name (HTTP 422, exit code 2)
 └── ProviderError            one call to an outside service did not end in acceptance
     ├── Throttled            refused for rate; not accepted; burns no attempt
     ├── Retryable            not accepted, for a reason that may pass
@@ -42,6 +43,14 @@ class NotConfigured(NightmailError):
 
 class DatabaseAway(NightmailError):
     """PostgreSQL cannot be reached or cannot take writes now."""
+
+
+class UnknownPlan(NightmailError):
+    """No message plan has this name; `known` are those there are."""
+
+    def __init__(self, plan: str, known: list[str]) -> None:
+        super().__init__(f"no plan is called {plan!r}; there are {', '.join(known)}")
+        self.known = known
 
 
 class ProviderError(NightmailError):

@@ -126,7 +126,7 @@ def test_the_list_of_jobs_says_which_are_built() -> None:
         (["run", "send-scheduled", "--deadline", "nan"], "--deadline must be between 1 and"),
         (["run", "send-scheduled", "--slot", "2026-01-01"], "with zone"),
         (["org", "create", "x\ny"], "printable"),
-        (["org", "create", "Acme", "--plan", "gold"], "--plan must be free or pro"),
+        (["org", "create", "Acme", "--plan", "gold"], "no plan is called 'gold'; there are free, pro"),
         (["key", "create", "nobody"], "must be the org's id"),
         (["key", "create", "00000000-0000-0000-0000-000000000000"], "no org has the id"),
         (["serve", "--port", "99999"], "65535"),

@@ -89,11 +89,15 @@ INVARIANTS: tuple[Invariant, ...] = (
             FROM usage_records
             GROUP BY org_id, channel, env, period, rating
             UNION ALL
-            SELECT org_id, channel, env, period, rating, 0, sum(units)
+            SELECT m.org_id, m.channel, m.env, m.period, part.rating, 0, sum(part.units)
             FROM messages AS m
-            WHERE state = 'ambiguous'
+            CROSS JOIN LATERAL (
+                VALUES ('included', m.units - m.credit_units - m.metered_units), ('credits', m.credit_units),
+                       ('metered', m.metered_units)
+            ) AS part (rating, units)
+            WHERE m.state = 'ambiguous'
                OR EXISTS (SELECT FROM message_queue AS q WHERE q.message_id = m.id)
-            GROUP BY org_id, channel, env, period, rating
+            GROUP BY m.org_id, m.channel, m.env, m.period, part.rating
         ) AS both_sides
         GROUP BY org_id, channel, env, period, rating
         HAVING sum(reserved) <> sum(expected)
@@ -101,7 +105,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     ),
     Invariant(
         "used",
-        "used units are those of the sent events: the message's own, or what the event says when fewer",
+        "used units are those of the sent events, or fewer where one says so: included, then credits, then metered",
         """
         SELECT org_id
         FROM (
@@ -109,15 +113,84 @@ INVARIANTS: tuple[Invariant, ...] = (
             FROM usage_records
             GROUP BY org_id, channel, env, period, rating
             UNION ALL
-            SELECT m.org_id, m.channel, m.env, m.period, m.rating, 0,
-                   sum(coalesce((e.data ->> 'units')::bigint, m.units))
+            SELECT m.org_id, m.channel, m.env, m.period, part.rating, 0,
+                   sum(greatest(least(coalesce((e.data ->> 'units')::bigint, m.units) - part.cheaper, part.units), 0))
             FROM message_events AS e
             JOIN messages AS m ON m.id = e.message_id
+            CROSS JOIN LATERAL (
+                VALUES ('included', m.units - m.credit_units - m.metered_units, 0::bigint),
+                       ('credits', m.credit_units, m.units - m.credit_units - m.metered_units),
+                       ('metered', m.metered_units, m.units - m.metered_units)
+            ) AS part (rating, units, cheaper)
             WHERE e.kind = 'sent'
-            GROUP BY m.org_id, m.channel, m.env, m.period, m.rating
+            GROUP BY m.org_id, m.channel, m.env, m.period, part.rating
         ) AS both_sides
         GROUP BY org_id, channel, env, period, rating
         HAVING sum(used) <> sum(expected)
+        """,
+    ),
+    Invariant(
+        "taken",
+        "a month's quota row holds the included units that are reserved or used",
+        """
+        SELECT q.org_id
+        FROM usage_quotas AS q
+        WHERE q.taken <> (
+            SELECT coalesce(sum(u.reserved + u.used), 0)
+            FROM usage_records AS u
+            WHERE u.org_id = q.org_id
+              AND u.channel = q.channel
+              AND u.env = 'live'
+              AND u.period = q.period
+              AND u.rating = 'included'
+        )
+        """,
+    ),
+    Invariant(
+        "message_reservations",
+        "credits are reserved for exactly the messages that wait in the queue or are ambiguous and are paid with them",
+        """
+        SELECT reference
+        FROM (
+            SELECT account_id, reference, sum(amount) AS held, 0 AS expected
+            FROM credit_reservations
+            WHERE reference LIKE 'message:%'
+            GROUP BY account_id, reference
+            UNION ALL
+            SELECT m.credit_account_id, concat_ws('/', 'message:' || m.id, nullif(m.rerated, 0)), 0, m.credits
+            FROM messages AS m
+            WHERE m.credits > 0
+              AND (
+                  m.state = 'ambiguous'
+                  OR EXISTS (SELECT FROM message_queue AS q WHERE q.message_id = m.id)
+              )
+        ) AS both_sides
+        GROUP BY account_id, reference
+        HAVING sum(held) <> sum(expected)
+        """,
+    ),
+    Invariant(
+        "message_captures",
+        "a message's wallet was charged once for what was sent beyond the included units, and for nothing else",
+        """
+        SELECT reference
+        FROM (
+            SELECT account_id, reference, amount AS captured, 0 AS expected
+            FROM credit_transactions
+            WHERE kind = 'capture'
+              AND reference LIKE 'message:%'
+            UNION ALL
+            SELECT m.credit_account_id, concat_ws('/', 'message:' || m.id, nullif(m.rerated, 0)), 0,
+                   m.credits / m.credit_units * greatest(least(sent.units - included.units, m.credit_units), 0)
+            FROM message_events AS e
+            JOIN messages AS m ON m.id = e.message_id
+            CROSS JOIN LATERAL (SELECT m.units - m.credit_units - m.metered_units) AS included (units)
+            CROSS JOIN LATERAL (SELECT coalesce((e.data ->> 'units')::bigint, m.units)) AS sent (units)
+            WHERE e.kind = 'sent'
+              AND m.credits > 0
+        ) AS both_sides
+        GROUP BY account_id, reference
+        HAVING sum(captured) <> sum(expected)
         """,
     ),
     Invariant(

@@ -16,7 +16,7 @@ from nightmail.rules.addresses import bare_address
 from nightmail.rules.messages import MAX_ATTEMPTS
 from nightmail.store.database import Connection
 from nightmail.store.fan_out import Fact, fan_out
-from nightmail.store.usage_records import Settlement, settle
+from nightmail.store.rating import Ended, Rated, settle_messages
 
 # Ends of a message that the gate itself decides: `state`, `reason` and event kind of each decision.
 #   suppressed   no recipient is left
@@ -39,8 +39,9 @@ WITH mine AS MATERIALIZED (
     ORDER BY q.message_id
     FOR UPDATE OF q
 ), checked AS MATERIALIZED (
-    SELECT m.id, m.org_id, m.env, m.channel, m.period, m.rating, m.units, m.sender, m.subject, m.addresses,
-           mine.attempts, hit.addresses AS suppressed, evidence.provider_ref AS evidence, evidence.used,
+    SELECT m.id, m.org_id, m.channel, m.env, m.period, m.units, m.credit_units, m.metered_units, m.credits,
+           m.credit_account_id, m.rerated, m.sender, m.subject, m.addresses, mine.attempts,
+           hit.addresses AS suppressed, evidence.provider_ref AS evidence, evidence.used,
            CASE
                WHEN evidence.provider_ref IS NOT NULL THEN 'evidenced'
                WHEN mine.intent_at IS NOT NULL
@@ -149,10 +150,12 @@ WITH mine AS MATERIALIZED (
     ON CONFLICT DO NOTHING
     RETURNING message_id
 )
-SELECT c.id, c.decision, c.org_id, c.env, c.channel, c.period, c.rating, c.units, c.attempts + 1,
-       c.sender, coalesce(c.subject, ''), c.suppressed,
+SELECT c.id, c.org_id, c.channel, c.env, c.period, c.units, c.credit_units, c.metered_units, c.credits,
+       c.credit_account_id, c.rerated,
+       c.decision, c.used, c.evidence, EXISTS (SELECT FROM events AS e WHERE e.message_id = c.id),
+       c.attempts + 1, c.sender, coalesce(c.subject, ''), c.suppressed,
        b.to_addresses, b.cc_addresses, b.bcc_addresses, b.reply_to, b.html, b.text, b.headers, b.tags,
-       b.attachment_count, c.used, c.evidence, EXISTS (SELECT FROM events AS e WHERE e.message_id = c.id)
+       b.attachment_count
 FROM checked AS c
 LEFT JOIN message_bodies AS b ON b.message_id = c.id AND c.decision = 'go'
 ORDER BY c.id
@@ -209,16 +212,17 @@ async def pass_gate(
             },
         )
         rows = await cursor.fetchall()
-        with_files = [row[0] for row in rows if row[20]]
+        with_files = [row[0] for row in rows if row[27]]
         files = await _load_attachments(conn, with_files) if with_files else {}
-        await settle(conn, _settlements(rows), shard=shard)
-        await fan_out(conn, [_fact(row) for row in rows if row[23]])
+        await settle_messages(conn, _ended(rows), shard=shard)
+        await fan_out(conn, [_fact(row) for row in rows if row[14]])
     result = GateResult(lost=len(message_ids) - len(rows))
     for row in rows:
-        if row[1] == "go":
+        decision = row[11]
+        if decision == "go":
             result.passed.append(_passed(row, claim_id, files.get(row[0], ())))
         else:
-            setattr(result, row[1], getattr(result, row[1]) + 1)
+            setattr(result, decision, getattr(result, decision) + 1)
     return result
 
 
@@ -234,23 +238,22 @@ def _without(entries: Sequence[str], dropped: frozenset[str]) -> list[str]:
     return [entry for entry in entries if bare_address(entry) not in dropped]
 
 
-def _settlements(rows: Sequence[tuple[Any, ...]]) -> list[Settlement]:
-    """Sum the units of ended messages by key; an ambiguous one keeps its reservation until someone decides."""
-    sums: dict[tuple[UUID, str, str, str, str], list[int]] = {}
-    for row in rows:
-        if row[1] in ("suppressed", "evidenced", "exhausted"):
-            total = sums.setdefault((row[2], row[4], row[3], row[5], row[6]), [0, 0])
-            total[0] += row[7]
-            total[1] += row[21] if row[1] == "evidenced" else 0
-    return [Settlement(*key, reserved=r, used=u) for key, (r, u) in sorted(sums.items())]
+def _ended(rows: Sequence[tuple[Any, ...]]) -> list[Ended]:
+    """Return the messages that ended here; an ambiguous one keeps its reservation until someone decides."""
+    return [
+        Ended(Rated(*row[:11]), used=row[12] if row[11] == "evidenced" else 0)
+        for row in rows
+        if row[11] in ("suppressed", "evidenced", "exhausted")
+    ]
 
 
 def _fact(row: tuple[Any, ...]) -> Fact:
     """Return the event of a message that ended here."""
-    message_id, decision, org_id, env, channel = row[:5]
+    message_id, org_id, channel, env = row[:4]
+    decision, evidence, suppressed = row[11], row[13], row[18]
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
-        "suppressed": ("suppressed", {"suppressed": row[11]}),
-        "evidenced": ("sent", {"provider_message_id": row[22]}),
+        "suppressed": ("suppressed", {"suppressed": suppressed}),
+        "evidenced": ("sent", {"provider_message_id": evidence}),
         "ambiguous": ("ambiguous", {"reason": "call interrupted"}),
         "exhausted": ("failed", {"reason": "attempts exhausted"}),
     }
@@ -259,8 +262,9 @@ def _fact(row: tuple[Any, ...]) -> Fact:
 
 
 def _passed(row: tuple[Any, ...], claim_id: UUID, files: Sequence[Attachment]) -> Passed:
-    message_id, _, org_id, _, channel, _, _, units, attempts, sender, subject, suppressed = row[:12]
-    to, cc, bcc, reply_to, html, text, headers, tags = row[12:20]
+    message_id, org_id, channel, _, _, units = row[:6]
+    attempts, sender, subject, suppressed = row[15:19]
+    to, cc, bcc, reply_to, html, text, headers, tags = row[19:27]
     tag_pairs = [(tag["name"], tag["value"]) for tag in tags]
     if channel == "sms":
         sms = OutgoingSms(message_id, org_id, claim_id, sender or None, to[0], text or "", tag_pairs)

@@ -1,6 +1,6 @@
 """inbound_sms: what people write to our numbers, and what follows from STOP, START and HELP.
 
-One transaction per SMS. Locks: the pair of numbers → inbound_sms → suppressions → the reply's queue, turn and usage
+One transaction per SMS. Locks: the pair of numbers → inbound_sms → suppressions → the reply's quota, usage and turn
 rows → deliveries.
 """
 
@@ -262,6 +262,7 @@ async def _stop(conn: Connection, sms: InboundSms, latest: dict[UUID, UUID]) -> 
 
 
 # The accept of store.accept for one message of ours: no caller, hence no key, and no limit may keep a STOP unanswered.
+# It is included whatever the quota, and counts.
 REPLY = """
 WITH message AS (
     INSERT INTO messages (
@@ -276,18 +277,21 @@ WITH message AS (
 ), queued AS (
     INSERT INTO message_queue (message_id, org_id, lane, due_at)
     SELECT %(id)s, %(org_id)s, 'live:sms', nm_now()
-), turn AS (
-    INSERT INTO queue_turns (lane, due_minute, org_id)
-    SELECT 'live:sms', date_trunc('minute', nm_now()), %(org_id)s
-    ON CONFLICT DO NOTHING
+), taken AS MATERIALIZED (
+    SELECT m.period, m.units, nm_quota_move(ARRAY[m.org_id], '{sms}', ARRAY[m.period], ARRAY[m.units])
+    FROM message AS m
+), usage AS (
+    INSERT INTO usage_records AS u (org_id, channel, env, period, rating, shard, reserved)
+    SELECT %(org_id)s, 'sms', 'live', period, 'included', %(shard)s, units
+    FROM taken
+    ON CONFLICT (org_id, channel, env, period, rating, shard)
+    DO UPDATE SET reserved = u.reserved + excluded.reserved
     RETURNING 1
 )
-INSERT INTO usage_records AS u (org_id, channel, env, period, rating, shard, reserved)
-SELECT org_id, 'sms', 'live', period, 'included', %(shard)s, units
-FROM message
-WHERE (SELECT count(*) FROM turn) >= 0
-ON CONFLICT (org_id, channel, env, period, rating, shard)
-DO UPDATE SET reserved = u.reserved + excluded.reserved
+INSERT INTO queue_turns (lane, due_minute, org_id)
+SELECT 'live:sms', date_trunc('minute', nm_now()), %(org_id)s
+WHERE (SELECT count(*) FROM usage) >= 0
+ON CONFLICT DO NOTHING
 """
 
 

@@ -11,9 +11,11 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
+import psycopg
+
 from nightmail.store.database import Connection
 from nightmail.store.fan_out import Fact, fan_out
-from nightmail.store.usage_records import Settlement, settle
+from nightmail.store.rating import Ended, Rated, Refusal, read_rated, rerate_message, settle_messages
 
 TakeBack = Literal["done", "not_found", "already_sending", "finished"]
 
@@ -237,7 +239,7 @@ ON CONFLICT DO NOTHING
 
 
 async def cancel_message(conn: Connection, *, org_id: UUID, env: str, channel: str, message_id: UUID) -> TakeBack:
-    """Cancel a message whose call has not begun and give its units back; canceling twice is `done` twice."""
+    """Cancel a message whose call has not begun and give its units and credits back; twice is `done` twice."""
     arguments: dict[str, Any] = {"message_id": message_id, "org_id": org_id, "env": env, "channel": channel}
     async with conn.transaction():
         await conn.execute(LOCK, arguments)
@@ -247,8 +249,7 @@ async def cancel_message(conn: Connection, *, org_id: UUID, env: str, channel: s
         if (await conn.execute(TAKE, arguments)).rowcount == 0:
             return "already_sending"
         is_fact = (await conn.execute(CANCEL, arguments)).rowcount == 1
-        settlement = Settlement(org_id, channel, env, found.period, found.rating, reserved=found.units, used=0)
-        await settle(conn, [settlement], shard=message_id.int)
+        await settle_messages(conn, [Ended(await read_rated(conn, message_id), 0)], shard=message_id.int)
         if is_fact:
             data = {"reason": "requested"}
             await fan_out(conn, [Fact(org_id, env, f"{channel}.canceled", message_id=message_id, data=data)])
@@ -262,12 +263,7 @@ WITH moved AS (
         claim_id = NULL
     WHERE message_id = %(message_id)s
       AND intent_at IS NULL
-    RETURNING message_id, org_id, lane
-), turn AS (
-    INSERT INTO queue_turns (lane, due_minute, org_id)
-    SELECT lane, date_trunc('minute', greatest(%(scheduled_at)s, nm_now())), org_id
-    FROM moved
-    ON CONFLICT DO NOTHING
+    RETURNING message_id
 )
 UPDATE messages AS m
 SET scheduled_at = %(scheduled_at)s,
@@ -277,11 +273,19 @@ WHERE m.id = moved.message_id
 RETURNING m.period
 """
 
+TURN = """
+INSERT INTO queue_turns (lane, due_minute, org_id)
+SELECT lane, date_trunc('minute', greatest(due_at, nm_now())), org_id
+FROM message_queue
+WHERE message_id = %(message_id)s
+ON CONFLICT DO NOTHING
+"""
+
 
 async def reschedule_message(
     conn: Connection, *, org_id: UUID, env: str, channel: str, message_id: UUID, scheduled_at: datetime
-) -> TakeBack:
-    """Move a message whose call has not begun, and its reserved units to the period of the new time."""
+) -> TakeBack | Refusal:
+    """Move a message whose call has not begun; in another month it is rated anew, which may be refused."""
     arguments = {
         "message_id": message_id,
         "org_id": org_id,
@@ -289,23 +293,26 @@ async def reschedule_message(
         "channel": channel,
         "scheduled_at": scheduled_at,
     }
-    async with conn.transaction():
+    async with conn.transaction() as transaction:
         await conn.execute(LOCK, arguments)
         found = await get_message(conn, org_id=org_id, env=env, channel=channel, message_id=message_id)
         if found is None or found.state != "scheduled":
             answer = _why_not(found)
             return "finished" if answer == "done" else answer
+        rated = await read_rated(conn, message_id)
         cursor = await conn.execute(RESCHEDULE, arguments)
         row = await cursor.fetchone()
         if row is None:
             return "already_sending"
-        if row[0] != found.period:
-            moves = [
-                Settlement(org_id, channel, env, found.period, found.rating, reserved=found.units, used=0),
-                Settlement(org_id, channel, env, row[0], found.rating, reserved=-found.units, used=0),
-            ]
-            await settle(conn, sorted(moves), shard=message_id.int)
-        return "done"
+        facts: list[Fact] | Refusal = []
+        if row[0] != rated.period:
+            facts = await rerate_message(conn, rated, row[0], shard=message_id.int)
+        if isinstance(facts, list):
+            await conn.execute(TURN, arguments)
+            await fan_out(conn, facts)
+            return "done"
+        raise psycopg.Rollback(transaction)
+    return facts
 
 
 def _why_not(found: MessageView | None) -> TakeBack:
@@ -328,7 +335,7 @@ WITH released AS (
       AND env = %(env)s
       AND channel = %(channel)s
       AND state = 'ambiguous'
-    RETURNING id, org_id, env, channel, period, rating, units,
+    RETURNING id, org_id, channel, env, period, units, credit_units, metered_units, credits, credit_account_id, rerated,
               CASE channel
                   WHEN 'email' THEN (
                       SELECT count(*) FROM recipient_outcomes AS o WHERE o.message_id = id AND o.state = 'suppressed'
@@ -357,7 +364,8 @@ WITH released AS (
     ON CONFLICT DO NOTHING
     RETURNING kind
 )
-SELECT period, rating, units, units - dropped, (SELECT kind FROM event)
+SELECT id, org_id, channel, env, period, units, credit_units, metered_units, credits, credit_account_id, rerated,
+       units - dropped, (SELECT kind FROM event)
 FROM released
 """
 
@@ -380,10 +388,9 @@ async def release_message(
             found = await get_message(conn, org_id=org_id, env=env, channel=channel, message_id=message_id)
             return "not_ambiguous" if found else "not_found"
         if action != "resend":
-            period, rating, units, left, kind = row
-            used = left if action == "mark_sent" else 0
-            settlement = Settlement(org_id, channel, env, period, rating, reserved=units, used=used)
-            await settle(conn, [settlement], shard=message_id.int)
+            *columns, left, kind = row
+            ended = Ended(Rated(*columns), used=left if action == "mark_sent" else 0)
+            await settle_messages(conn, [ended], shard=message_id.int)
             if kind is not None:
                 fact = Fact(
                     org_id, env, f"{channel}.{kind}", message_id=message_id, data={"reason": "released by hand"}

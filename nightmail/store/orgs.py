@@ -1,15 +1,17 @@
-"""orgs: the tenants. Made by the admin API and the command line; nothing deletes one."""
+"""orgs: the tenants. Made and changed by the admin API and the command line; nothing deletes one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from uuid import UUID
 
+from nightmail.errors import UnknownPlan
 from nightmail.ids import new_id
 from nightmail.store.api_keys import NewApiKey, insert_api_key
 from nightmail.store.audit_logs import insert_audit_log
 from nightmail.store.database import Connection
+from nightmail.store.message_plans import list_message_plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +23,12 @@ class NewOrg:
     billing: str = "quota"
     stripe_customer_id: str | None = None
     send_policy: str = "at_least_once"
+    billing_user: str = "billing"
 
 
 @dataclass(frozen=True, slots=True)
 class OrgView:
-    """A tenant."""
+    """A tenant; the credits of its `billing_user` pay for its messages, where its billing has credits."""
 
     id: UUID
     name: str
@@ -33,19 +36,24 @@ class OrgView:
     billing: str
     stripe_customer_id: str | None
     send_policy: str
+    billing_user: str
     created_at: datetime
 
 
 INSERT = """
-INSERT INTO orgs (id, name, plan, billing, stripe_customer_id, send_policy)
-VALUES (%(id)s, %(name)s, %(plan)s, %(billing)s, %(stripe_customer_id)s, %(send_policy)s)
-RETURNING id, name, plan, billing, stripe_customer_id, send_policy, created_at
+INSERT INTO orgs (id, name, plan, billing, stripe_customer_id, send_policy, billing_user)
+VALUES (%(id)s, %(name)s, %(plan)s, %(billing)s, %(stripe_customer_id)s, %(send_policy)s, %(billing_user)s)
+RETURNING id, name, plan, billing, stripe_customer_id, send_policy, billing_user, created_at
 """
 
 
 async def create_org(conn: Connection, org: NewOrg, *, actor: str) -> tuple[OrgView, str, str]:
-    """Make a tenant and its first two keys; return it with the live and the test token, which are not kept."""
+    """Make a tenant and its first two keys; return it with the live and the test token, which are not kept.
+
+    Raises UnknownPlan.
+    """
     async with conn.transaction():
+        await _check_plan(conn, org.plan)
         cursor = await conn.execute(
             INSERT,
             {
@@ -55,6 +63,7 @@ async def create_org(conn: Connection, org: NewOrg, *, actor: str) -> tuple[OrgV
                 "billing": org.billing,
                 "stripe_customer_id": org.stripe_customer_id,
                 "send_policy": org.send_policy,
+                "billing_user": org.billing_user,
             },
         )
         row = await cursor.fetchone()
@@ -68,8 +77,53 @@ async def create_org(conn: Connection, org: NewOrg, *, actor: str) -> tuple[OrgV
     return view, live, test
 
 
+async def _check_plan(conn: Connection, plan: str) -> None:
+    known = [row.id for row in await list_message_plans(conn)]
+    if plan not in known:
+        raise UnknownPlan(plan, known)
+
+
+# What is waiting keeps the split and the price it was accepted with. A quota row holds what is taken, not what is left,
+# so that another plan or billing needs no change of it.
+CHANGE = """
+UPDATE orgs
+SET plan = coalesce(%(plan)s, plan),
+    billing = coalesce(%(billing)s, billing),
+    billing_user = coalesce(%(billing_user)s, billing_user),
+    stripe_customer_id = CASE WHEN %(sets_customer)s THEN %(stripe_customer_id)s ELSE stripe_customer_id END
+WHERE id = %(id)s
+RETURNING id, name, plan, billing, stripe_customer_id, send_policy, billing_user, created_at
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class OrgChange:
+    """What to change of a tenant, None: nothing; `sets_customer` tells a Stripe customer taken away from one kept."""
+
+    plan: str | None = None
+    billing: str | None = None
+    billing_user: str | None = None
+    sets_customer: bool = False
+    stripe_customer_id: str | None = None
+
+
+async def change_org(conn: Connection, org_id: UUID, change: OrgChange, *, actor: str) -> OrgView | None:
+    """Change how a tenant pays, for what is accepted from now on; None when there is none. Raises UnknownPlan."""
+    async with conn.transaction():
+        if change.plan is not None:
+            await _check_plan(conn, change.plan)
+        row = await (await conn.execute(CHANGE, {"id": org_id, **asdict(change)})).fetchone()
+        if row is None:
+            return None
+        detail = {name: value for name, value in asdict(change).items() if value not in (None, False)}
+        await insert_audit_log(
+            conn, actor=actor, action="org.changed", org_id=org_id, target=str(org_id), detail=detail
+        )
+    return OrgView(*row)
+
+
 GET = """
-SELECT id, name, plan, billing, stripe_customer_id, send_policy, created_at
+SELECT id, name, plan, billing, stripe_customer_id, send_policy, billing_user, created_at
 FROM orgs
 WHERE id = %(id)s
 """
@@ -83,7 +137,7 @@ async def get_org(conn: Connection, org_id: UUID) -> OrgView | None:
 
 
 LIST = """
-SELECT id, name, plan, billing, stripe_customer_id, send_policy, created_at
+SELECT id, name, plan, billing, stripe_customer_id, send_policy, billing_user, created_at
 FROM orgs
 WHERE %(after)s::uuid IS NULL OR id < %(after)s
 ORDER BY id DESC
@@ -91,7 +145,7 @@ LIMIT %(limit)s + 1
 """
 
 LIST_BEFORE = """
-SELECT id, name, plan, billing, stripe_customer_id, send_policy, created_at
+SELECT id, name, plan, billing, stripe_customer_id, send_policy, billing_user, created_at
 FROM orgs
 WHERE id > %(before)s
 ORDER BY id

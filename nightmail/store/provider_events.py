@@ -1,9 +1,9 @@
 """Provider events: what a report changes, in the one transaction that also remembers its notification.
 
-Locks, always in this order: queue row → message → recipient outcomes → suppressions → usage → deliveries. A report is a
-fact however late it comes, and may come before our own `sent`: then the row in the queue is settled by the gate, which
-takes these events as evidence that the call was accepted. Nothing here depends on the order of reports: events are
-unique by what they tell of, outcomes and state only rise (rules.messages.SUMMARY).
+Locks, always in this order: queue row → message → recipient outcomes → suppressions → quota, wallet and usage →
+deliveries. A report is a fact however late it comes, and may come before our own `sent`: then the row in the queue is
+settled by the gate, which takes these events as evidence that the call was accepted. Nothing here depends on the order
+of reports: events are unique by what they tell of, outcomes and state only rise (rules.messages.SUMMARY).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from nightmail.rules.messages import SUMMARY, predecessors, summarise
 from nightmail.rules.provider_events import STATES, ProviderEvent, Report, match_recipient
 from nightmail.store.database import Connection
 from nightmail.store.fan_out import Fact, fan_out
+from nightmail.store.rating import Ended, Rated, settle_messages
 from nightmail.store.recipient_wishes import Wish, suppress_recipients
 from nightmail.store.sns_notifications import remember_notification
-from nightmail.store.usage_records import Settlement, settle
 
 ACTOR = "provider"
 # The longest address of RFC 5321, with room; it is part of an index entry.
@@ -225,7 +225,8 @@ WITH ended AS (
         sent_at = nm_now(),
         provider_message_id = coalesce(m.provider_message_id, %(provider_id)s)
     WHERE m.id = %(message_id)s
-    RETURNING m.id, m.org_id, m.env, m.channel, m.period, m.rating, m.units, m.units - (
+    RETURNING m.id, m.org_id, m.channel, m.env, m.period, m.units, m.credit_units, m.metered_units, m.credits,
+              m.credit_account_id, m.rerated, m.units - (
         SELECT count(*)
         FROM recipient_outcomes AS r
         WHERE r.message_id = m.id
@@ -237,7 +238,7 @@ WITH ended AS (
     FROM ended
     ON CONFLICT DO NOTHING
 )
-SELECT org_id, channel, env, period, rating, units, used
+SELECT id, org_id, channel, env, period, units, credit_units, metered_units, credits, credit_account_id, rerated, used
 FROM ended
 """
 
@@ -245,7 +246,7 @@ FROM ended
 async def _settle_doubt(conn: Connection, message: _Message, provider_id: str) -> bool:
     cursor = await conn.execute(SETTLE_DOUBT, {"message_id": message.id, "provider_id": provider_id})
     rows = await cursor.fetchall()
-    await settle(conn, [Settlement(*row) for row in rows], shard=message.id.int)
+    await settle_messages(conn, [Ended(Rated(*row[:11]), row[11]) for row in rows], shard=message.id.int)
     return bool(rows)
 
 

@@ -1,7 +1,7 @@
 """The record step: what became of calls, written with everything that follows from it in one transaction.
 
-Order within the transaction, always: queue rows (by id) → messages and their events → usage shards → webhook
-deliveries. Credit capture belongs between messages and usage.
+Order within the transaction, always: queue rows (by id) → messages and their events → quota rows, wallets and usage
+shards (store.rating) → hints of the queue → webhook deliveries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 
 from nightmail.store.database import Connection
 from nightmail.store.fan_out import Fact, fan_out
-from nightmail.store.usage_records import Settlement, settle
+from nightmail.store.rating import Ended, Rated, settle_messages
 
 Kind = Literal["sent", "failed", "retry", "throttled", "in_doubt"]
 
@@ -80,13 +80,6 @@ WITH result AS MATERIALIZED (
     WHERE q.message_id = h.message_id
       AND (q.claim_id = h.claim_id) IS TRUE
       AND h.kind NOT IN ('sent', 'failed')
-    RETURNING q.lane, q.org_id, q.due_at
-), turns AS (
-    INSERT INTO queue_turns (lane, due_minute, org_id)
-    SELECT DISTINCT lane, date_trunc('minute', due_at), org_id
-    FROM again
-    ORDER BY 1, 2, 3
-    ON CONFLICT DO NOTHING
 ), recorded AS (
     UPDATE messages AS m
     SET state = CASE WHEN m.state = 'scheduled' AND h.kind IN ('sent', 'failed') THEN h.kind ELSE m.state END,
@@ -96,8 +89,9 @@ WITH result AS MATERIALIZED (
         last_error = CASE WHEN h.kind = 'sent' THEN m.last_error ELSE concat_ws(': ', h.code, h.detail) END
     FROM held AS h
     WHERE m.id = h.message_id
-    RETURNING m.id, m.org_id, m.env, m.channel, m.period, m.rating, m.units AS reserved, h.kind, h.units,
-              h.provider, h.provider_message_id, h.code, h.detail, h.refused
+    RETURNING m.id, m.org_id, m.env, m.channel, m.period, m.units AS reserved, m.credit_units, m.metered_units,
+              m.credits, m.credit_account_id, m.rerated, h.kind, h.units, h.provider, h.provider_message_id, h.code,
+              h.detail, h.refused
 ), outcomes AS (
     INSERT INTO recipient_outcomes (message_id, address, state, detail)
     SELECT h.message_id, refused.key, 'refused', refused.value
@@ -128,10 +122,20 @@ WITH result AS MATERIALIZED (
       AND NOT EXISTS (SELECT FROM mine WHERE mine.message_id = r.message_id)
     ON CONFLICT DO NOTHING
 )
-SELECT id, kind, org_id, env, channel, period, rating, reserved, units,
-       EXISTS (SELECT FROM facts WHERE facts.message_id = recorded.id)
+SELECT id, org_id, channel, env, period, reserved, credit_units, metered_units, credits, credit_account_id, rerated,
+       kind, units, EXISTS (SELECT FROM facts WHERE facts.message_id = recorded.id)
 FROM recorded
 ORDER BY id
+"""
+
+# Hints for rows that are due again, of the rows that the statement above has put back: they are still locked by us.
+TURNS = """
+INSERT INTO queue_turns (lane, due_minute, org_id)
+SELECT DISTINCT lane, date_trunc('minute', due_at), org_id
+FROM message_queue
+WHERE message_id = ANY (%(message_ids)s)
+ORDER BY 1, 2, 3
+ON CONFLICT DO NOTHING
 """
 
 
@@ -177,21 +181,24 @@ async def record_outcomes(conn: Connection, outcomes: Sequence[Outcome], *, shar
             },
         )
         rows = await cursor.fetchall()
-        sums: dict[tuple[UUID, str, str, str, str], list[int]] = {}
-        for _, kind, org_id, env, channel, period, rating, reserved, units, _ in rows:
-            if kind in ("sent", "failed"):
-                total = sums.setdefault((org_id, channel, env, period, rating), [0, 0])
-                total[0] += reserved
-                total[1] += units if kind == "sent" else 0
-        await settle(conn, [Settlement(*key, reserved=r, used=u) for key, (r, u) in sorted(sums.items())], shard=shard)
+        ended = [
+            Ended(Rated(*row[:11]), used=units if kind == "sent" else 0)
+            for *row, kind, units, _ in rows
+            if kind in ("sent", "failed")
+        ]
+        await settle_messages(conn, ended, shard=shard)
+        again = [row[0] for row in rows if row[11] not in ("sent", "failed")]
+        if again:
+            await conn.execute(TURNS, {"message_ids": again})
         by_id = {o.message_id: o for o in outcomes}
-        await fan_out(conn, [_fact(row, by_id[row[0]]) for row in rows if row[9]])
-    written: dict[UUID, Kind] = {row[0]: row[1] for row in rows}
+        await fan_out(conn, [_fact(row, by_id[row[0]]) for row in rows if row[13]])
+    written: dict[UUID, Kind] = {row[0]: row[11] for row in rows}
     return Recorded(written, [o.message_id for o in outcomes if o.message_id not in written])
 
 
 def _fact(row: tuple[Any, ...], outcome: Outcome) -> Fact:
-    message_id, kind, org_id, env, channel = row[:5]
+    message_id, org_id, channel, env = row[:4]
+    kind = row[11]
     data: dict[str, Any] = {"provider": outcome.provider} if outcome.provider else {}
     if kind == "failed":
         data |= {"reason": storable(outcome.code), "detail": storable(outcome.detail)}

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from nightmail.store.accept import Idempotency, NewMessage, Replay, accept_messages
+from nightmail.web.limits import refused_by_rating
 from nightmail.web.operation import Call, Reply
 from nightmail.web.problems import Problem
 
@@ -44,7 +45,7 @@ def digest_request(method: str, path: str, mode: str, body: Any) -> bytes:
 async def accept_once(
     call: Call[Any], messages: Sequence[NewMessage], content: bytes, *, mode: str = "", status: int = 200
 ) -> Reply:
-    """Accept the messages and reply `content`, or reply what the same request got before. Raises Problem (409)."""
+    """Accept the messages and reply `content`, or what the same request got before. Raises Problem: 402, 409, 429."""
     key = read_idempotency_key(call.headers)
     record = None
     if key is not None:
@@ -63,4 +64,6 @@ async def accept_once(
         raise Problem(
             409, "invalid_idempotent_request", "This Idempotency-Key was used before with a different request."
         )
+    if result != "accepted":
+        raise refused_by_rating(result)
     return Reply(content, status)

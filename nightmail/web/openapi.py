@@ -23,7 +23,7 @@ from nightmail.web.services import TEMPLATES, Services
 REASONS: Mapping[int, str] = {
     400: "The body is not JSON, or the Idempotency-Key is not usable.",
     401: "No key, or one that may only send.",
-    402: "There are not enough credits: `required`, `available` and `missing` say how many.",
+    402: "There are not enough credits: the answer says how many are required, available and missing.",
     403: "The key is unknown, revoked, expired or used from elsewhere.",
     404: "Not found, or not visible to this key.",
     405: "The path does not have this method.",
@@ -31,7 +31,7 @@ REASONS: Mapping[int, str] = {
     409: "The request conflicts with the state of what it names, or with another one of the same Idempotency-Key.",
     413: "The body is too large.",
     422: "A value is refused; the message names the field.",
-    429: "Too many requests; `retry-after` says when to come back.",
+    429: "Too many requests, and `retry-after` says when to come back; or `monthly_quota_exceeded`.",
     500: "A defect of Nightmail.",
     503: "The database is away and the outcome unknown. Try again with the same Idempotency-Key.",
 }

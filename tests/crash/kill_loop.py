@@ -67,6 +67,7 @@ class KillLoop:
     interrupted: list[UUID] = field(default_factory=list)  # claims
     uninterrupted: int = 0  # takeovers that no interruption made
     account: Account = field(default_factory=Account)
+    broken: list[str] = field(default_factory=list)
 
     def start_runner(self) -> RunnerProcess:
         """Start a runner that works until it is told to stop, or dies."""
@@ -92,6 +93,7 @@ class KillLoop:
         asyncio.run(self.drain())
         self.uninterrupted += self.world.ask(NOT_INTERRUPTED, self.interrupted)[0]
         self.account = self.world.account()
+        self.broken = self.world.broken()
 
     async def drain(self) -> None:
         """Finish what is left, in this process."""
@@ -153,6 +155,8 @@ class KillLoop:
             wrong["doubles above takeovers"] = (self.account.doubles, self.account.takeovers)
         if self.account.doubles > self.unknown_ends:
             wrong["doubles above calls of unknown end"] = (self.account.doubles, self.unknown_ends)
+        if self.broken:
+            wrong["invariants"] = self.broken
         if self.account.queue_left:
             wrong["queue_left"] = self.account.queue_left
         return wrong
@@ -195,7 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             provider = start_provider(folder, "--latency-ms", str(options.latency_ms))
             nurse = Nurse()
             try:
-                world = asyncio.run(World.make(servers.database_url, provider))
+                world = asyncio.run(World.make(servers.database_url, provider, is_mixed=True))
+                asyncio.run(world.give_credits(options.messages))  # pays for about a third
                 asyncio.run(world.accept(options.messages))
                 loop = KillLoop(world, nurse, options.seconds, options.seed)
                 loop.run(progress)

@@ -39,7 +39,7 @@ from nightmail.ports import Accepted, OutgoingEmail
 from nightmail.settings import load
 from nightmail.store import gate, record
 from nightmail.store.database import Connection, Database
-from nightmail.store.usage_records import Settlement, settle
+from nightmail.store.rating import Ended, settle_messages
 from tests.crash.world import QUIET
 from tests.ports import make_ports
 from tests.providers.conftest import make_sender
@@ -101,14 +101,14 @@ def crash_inside(crash: CrashPoints) -> None:
     """Let the transactions of gate and record pass a crash point just before they commit."""
 
     def with_point(point: str) -> Any:
-        async def settle_and_reach(conn: Connection, settlements: Sequence[Settlement], *, shard: int) -> None:
-            await settle(conn, settlements, shard=shard)
+        async def settle_and_reach(conn: Connection, ended: Sequence[Ended], *, shard: int) -> None:
+            await settle_messages(conn, ended, shard=shard)
             crash.reach(f"send-scheduled:{point}")
 
         return settle_and_reach
 
     for point, module in INSIDE.items():
-        module.settle = with_point(point)  # type: ignore[attr-defined]
+        module.settle_messages = with_point(point)  # type: ignore[attr-defined]
 
 
 def print_tasks() -> None:

@@ -54,7 +54,7 @@ async def finish_what_can_be(world: World) -> None:
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("point", POINTS)
 async def test_crash(database_url: str, provider: FakeProviderProcess, nurse: Nurse, point: str, action: str) -> None:
-    world = await World.make(database_url, provider)
+    world = await World.make(database_url, provider, is_mixed=True)
     is_test_lane = point == "test_set_recorded"
     await world.accept(MESSAGES, env="test" if is_test_lane else "live")
     lanes = ("test",) if is_test_lane else ("live:email",)
@@ -76,6 +76,8 @@ async def test_crash(database_url: str, provider: FakeProviderProcess, nurse: Nu
 
     account = world.account()
     assert not account.violations
+    assert not world.broken()
+    assert world.ratings() == ({"included": MESSAGES} if is_test_lane else {"included": 4, "credits": 5, "metered": 3})
     assert account.states == {"sent": MESSAGES}
     assert (account.queue_left, account.claims_left) == (0, 0)
     # A frozen runner's call may have been on the wire before its acceptance was in the log: count its intents too.

@@ -20,7 +20,8 @@ def test_runners_killed_again_and_again_lose_nothing_and_count_once(
     database_url: str, provider: FakeProviderProcess, nurse: Nurse
 ) -> None:
     provider.follow(latency_ms=20)
-    world = asyncio.run(World.make(database_url, provider))
+    world = asyncio.run(World.make(database_url, provider, is_mixed=True))
+    asyncio.run(world.give_credits(3000))
     asyncio.run(world.accept(2500))
     loop = KillLoop(world, nurse, seconds=6, seed=1936)
     loop.run()

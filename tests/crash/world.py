@@ -30,6 +30,9 @@ from nightmail.ports import Attachment, Ports
 from nightmail.providers.capture import CaptureSender
 from nightmail.settings import Settings, load
 from nightmail.store.accept import NewMessage, accept_messages
+from nightmail.store.audit import INVARIANTS
+from nightmail.store.credit_grants import NewGrant, grant
+from nightmail.store.credits import Wallet
 from nightmail.store.database import Database
 from nightmail.store.orgs import NewOrg, create_org
 from tests.ports import make_ports
@@ -47,6 +50,12 @@ QUIET = structlog.wrap_logger(
 )
 LANES = ("live:email", "live:sms", "test")
 ACCEPT_AT_ONCE = 1000
+# What is not included is metered: nothing is refused.
+UNLIMITED = {"plan": "pro", "billing": "metered"}
+# The first four emails are included, the next are paid with what WALLET holds, and then all are metered.
+MIXED = {"plan": "mixed", "billing": "metered"}
+MIXED_PLAN = "INSERT INTO message_plans VALUES ('mixed', 4, 4, 3, 3) ON CONFLICT DO NOTHING"
+WALLET = 15
 
 TAKEOVER_BOOK = """
 CREATE TABLE takeover_book (message_id uuid NOT NULL, takeovers int NOT NULL, claim_id uuid);
@@ -142,6 +151,7 @@ class World:
     options: dict[str, Any] = field(default_factory=dict)
     senders: list[Any] = field(default_factory=list)
     has_sms: bool = False
+    is_mixed: bool = False  # the org's messages are included, paid with credits, and metered
 
     # ── making it ──
 
@@ -151,14 +161,22 @@ class World:
         world = cls(database_url, provider, **fields)
         with psycopg.connect(database_url, autocommit=True) as conn:
             conn.execute(TAKEOVER_BOOK)
-        world.org_id = await world.add_org()
+            conn.execute(MIXED_PLAN)
+        world.org_id = await world.add_org(**(MIXED if world.is_mixed else {}))
+        if world.is_mixed:
+            await world.give_credits(WALLET, "first")
         return world
 
     async def add_org(self, **fields: Any) -> UUID:
-        """Make another org."""
+        """Make another org; unless `fields` say otherwise no limit keeps it from sending."""
         async with self.database() as database, database.connection() as conn:
-            org, _, _ = await create_org(conn, NewOrg(**{"name": "Crossing", **fields}), actor="test")
+            org, _, _ = await create_org(conn, NewOrg(**{"name": "Crossing", **UNLIMITED, **fields}), actor="test")
         return org.id
+
+    async def give_credits(self, credits: int, reference: str = "more") -> None:
+        """Fill the wallet that pays for the org's messages."""
+        async with self.database() as database, database.connection() as conn:
+            await grant(conn, Wallet(self.org_id, "live", "billing"), NewGrant(credits, reference))
 
     async def accept(
         self,
@@ -313,6 +331,14 @@ class World:
         )
         names = ("attempts", "takeovers", "intent", "claim_id", "wait_s")
         return dict(zip(names, rows[0], strict=True)) if rows else {}
+
+    def broken(self) -> list[str]:
+        """Return the audit's invariants that do not hold."""
+        return [invariant.name for invariant in INVARIANTS if self.ask(invariant.violations)]
+
+    def ratings(self) -> dict[str, int]:
+        """Return used units by rating."""
+        return dict(self.ask("SELECT rating, sum(used)::int FROM usage_records GROUP BY rating"))
 
     def intents(self) -> int:
         """Return how many rows have a call in flight, or one whose end nobody knows."""

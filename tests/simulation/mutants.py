@@ -13,8 +13,8 @@ from nightmail.store.database import Connection
 from nightmail.store.fan_out import Fact, fan_out
 from nightmail.store.gate import GateResult
 from nightmail.store.queue import Claimed
+from nightmail.store.rating import Ended, read_rated, settle_messages
 from nightmail.store.record import Outcome, Recorded
-from nightmail.store.usage_records import Settlement, settle
 from tests.simulation.world import ORG, Mutant
 
 __all__ = ["MUTANTS", "SHIPPED"]
@@ -94,9 +94,9 @@ NO_OUTBOX = replaced(record.RECORD, (r"(?s)(\), facts AS.*?)WHERE h\.kind IN \('
 async def record_state_only(conn: Connection, outcomes: Sequence[Outcome], *, shard: int) -> Recorded:
     """Record the state; event, usage and delivery come later, each in a transaction of its own."""
 
-    async def settle_later(conn: Connection, settlements: Sequence[Settlement], *, shard: int) -> None: ...
+    async def settle_later(conn: Connection, ended: Sequence[Ended], *, shard: int) -> None: ...
 
-    with patch.object(record, "RECORD", NO_OUTBOX), patch.object(record, "settle", settle_later):
+    with patch.object(record, "RECORD", NO_OUTBOX), patch.object(record, "settle_messages", settle_later):
         return await record.record_outcomes(conn, outcomes, shard=shard)
 
 
@@ -111,15 +111,8 @@ async def write_outbox(conn: Connection, outcomes: Sequence[Outcome], recorded: 
             " SELECT id, org_id, %s, nm_now() FROM messages WHERE id = %s",
             [kind, outcome.message_id],
         )
-        cursor = await conn.execute(
-            "SELECT org_id, channel, env, period, rating, units FROM messages WHERE id = %s",
-            [outcome.message_id],
-        )
-        row = await cursor.fetchone()
-        assert row is not None
-        org_id, channel, env, period, rating, units = row
         used = outcome.units if kind == "sent" else 0
-        await settle(conn, [Settlement(org_id, channel, env, period, rating, units, used)], shard=shard)
+        await settle_messages(conn, [Ended(await read_rated(conn, outcome.message_id), used)], shard=shard)
     await write_deliveries(conn, outcomes, recorded, shard=shard)
 
 

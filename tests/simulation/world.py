@@ -52,7 +52,7 @@ CREATE OR REPLACE TRIGGER break_tie BEFORE UPDATE OF due_at ON message_queue
 # Plans must not change either: no ANALYZE by autovacuum, and PostgreSQL plans for ten pages while a table has fewer.
 TABLES = (
     "messages, message_bodies, message_attachments, message_queue, queue_turns, claims, message_events,"
-    " recipient_outcomes, suppressions, usage_records, webhook_deliveries"
+    " recipient_outcomes, suppressions, usage_records, usage_quotas, usage_notices, webhook_deliveries"
 )
 NO_AUTOVACUUM = "".join(f"ALTER TABLE {table} SET (autovacuum_enabled = off);" for table in TABLES.split(","))
 TRUNCATE = f"TRUNCATE {TABLES}"

@@ -34,6 +34,8 @@ TABLES = (
     "suppressions",
     "idempotency_keys",
     "usage_records",
+    "usage_quotas",
+    "usage_notices",
     "audit_logs",
     "webhook_endpoints",
     "webhook_deliveries",

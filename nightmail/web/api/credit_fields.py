@@ -17,6 +17,8 @@ from nightmail.web.problems import Problem, invalid, missing_field, not_found
 
 # What messages are paid as: spent by Nightmail itself, and refunded by the operator only.
 MESSAGE_SERVICES = frozenset({"email", "sms"})
+# What a message reserves, and its end captures or releases: nobody else may.
+MESSAGE_REFERENCES = "message:"
 
 Amount = Annotated[int, Meta(ge=1, le=MAX_AMOUNT, description="Credits.")]
 Reference = Annotated[str, Meta(min_length=1, max_length=256, description="Your id for this; the same one again "
@@ -69,6 +71,13 @@ def read_reference(text: str, name: str = "reference_id") -> str:
     if not text.isprintable() or text != text.strip() or not text:
         raise invalid(f"Invalid `{name}` field: must be visible characters without spaces around them.")
     return text
+
+
+def read_own_reference(text: str) -> str:
+    """Return the reference of a spend of the caller's own. Raises Problem (422): those of messages are Nightmail's."""
+    if text.startswith(MESSAGE_REFERENCES):
+        raise invalid(f"Invalid `reference_id` field: must not begin with `{MESSAGE_REFERENCES}`.")
+    return read_reference(text)
 
 
 def read_reason(text: str | None) -> str | None:

@@ -23,7 +23,7 @@ from nightmail.web.api.credit_fields import (
     Owner,
     Reference,
     Service,
-    read_reference,
+    read_own_reference,
     refusal,
     wallet_of,
 )
@@ -121,7 +121,7 @@ async def reserve_credits(call: Call[Spend]) -> Reply:
 
 async def _spend(call: Call[Spend], operation: Callable[..., Awaitable[Any]]) -> Reply:
     body = call.body
-    reference = read_reference(body.reference_id)
+    reference = read_own_reference(body.reference_id)
     wallet = await wallet_of(call)
     if body.service in MESSAGE_SERVICES:
         raise invalid("Invalid `service` field: `email` and `sms` are what Nightmail itself charges messages as.")
@@ -162,7 +162,7 @@ async def _price(conn: Connection, wallet: Wallet, body: Spend) -> int:
 
 async def capture_credits(call: Call[Capture]) -> Reply:
     """Spend what was set aside."""
-    reference = read_reference(call.body.reference_id)
+    reference = read_own_reference(call.body.reference_id)
     wallet = await wallet_of(call)
     result = await call.services.database.run(
         lambda conn: credits.capture(conn, wallet, reference=reference, amount=call.body.amount)
@@ -172,7 +172,7 @@ async def capture_credits(call: Call[Capture]) -> Reply:
 
 async def release_credits(call: Call[Release]) -> Reply:
     """Give back what was set aside."""
-    reference = read_reference(call.body.reference_id)
+    reference = read_own_reference(call.body.reference_id)
     wallet = await wallet_of(call)
     result = await call.services.database.run(lambda conn: credits.release(conn, wallet, reference=reference))
     return _reply(result, ReservationSettled, "Reservation")

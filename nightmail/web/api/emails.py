@@ -486,7 +486,7 @@ _EXAMPLE = {
 OPERATIONS = (
     Operation(
         method="POST", path="/emails", handler=send_email, summary="Send an email", access="sending", tag="Emails",
-        body=SendEmail, convert_body=False, body_limit=EMAIL_BODY_BYTES, reply=Accepted, errors=(409,),
+        body=SendEmail, convert_body=False, body_limit=EMAIL_BODY_BYTES, reply=Accepted, errors=(402, 409),
         headers=("Idempotency-Key",), example=_EXAMPLE,
         description="Accepted means stored: it is sent at once, or at `scheduled_at`. Recipients that are "
         "suppressed are dropped when it is sent; when none is left the email ends as `suppressed`.",
@@ -498,7 +498,7 @@ OPERATIONS = (
     Operation(
         method="POST", path="/emails/batch", handler=send_email_batch, summary="Send up to 100 emails",
         access="sending", tag="Emails", body=list[SendEmail], convert_body=False, body_limit=EMAIL_BODY_BYTES,
-        reply=BatchAccepted, errors=(409,), headers=("Idempotency-Key", "x-batch-validation"), example=[_EXAMPLE],
+        reply=BatchAccepted, errors=(402, 409), headers=("Idempotency-Key", "x-batch-validation"), example=[_EXAMPLE],
     ),
     Operation(
         method="GET", path="/emails/{id}", handler=get_email, summary="Get an email", access="full", tag="Emails",
@@ -506,7 +506,7 @@ OPERATIONS = (
     ),
     Operation(
         method="PATCH", path="/emails/{id}", handler=reschedule_email, summary="Reschedule an email", access="full",
-        tag="Emails", path_kinds=_ID, body=Reschedule, reply=EmailRescheduled, errors=(404, 409),
+        tag="Emails", path_kinds=_ID, body=Reschedule, reply=EmailRescheduled, errors=(402, 404, 409),
         example={"scheduled_at": "in 2 hours"},
     ),
     Operation(

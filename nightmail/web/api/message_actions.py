@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from nightmail.store.audit_logs import insert_audit_log
+from nightmail.store.credits import Insufficient
 from nightmail.store.database import Connection
 from nightmail.store.messages import (
     cancel_message,
@@ -14,7 +15,9 @@ from nightmail.store.messages import (
     release_message,
     reschedule_message,
 )
+from nightmail.store.rating import QuotaExceeded
 from nightmail.web.api.fields import EventItem, Release, Reschedule, read_schedule
+from nightmail.web.limits import refused_by_rating
 from nightmail.web.operation import Call
 from nightmail.web.problems import Problem, not_found
 
@@ -23,12 +26,14 @@ NOUNS = {"email": "Email", "sms": "SMS"}
 
 
 async def reschedule(call: Call[Reschedule], channel: Channel) -> datetime:
-    """Move a message and return its new time. Raises Problem: 404, 409, 422."""
+    """Move a message and return its new time. Raises Problem: 404, 409, 422; 402 and 429 in another month."""
     when = read_schedule(call.body.scheduled_at)
     assert when is not None, "the field is required"
     result = await call.services.database.run(
         lambda conn: reschedule_message(conn, **_named(call, channel), scheduled_at=when)
     )
+    if isinstance(result, (QuotaExceeded, Insufficient)):
+        raise refused_by_rating(result)
     _refuse(result, channel)
     return when
 

@@ -235,7 +235,7 @@ _EXAMPLE = {"to": "+15005550006", "text": "Your code is 123456"}
 OPERATIONS = (
     Operation(
         method="POST", path="/sms", handler=send_sms, summary="Send an SMS", access="sending", tag="SMS", body=SendSms,
-        reply=Accepted, errors=(409,), headers=("Idempotency-Key",), example=_EXAMPLE,
+        reply=Accepted, errors=(402, 409), headers=("Idempotency-Key",), example=_EXAMPLE,
     ),
     Operation(
         method="GET", path="/sms", handler=list_sms, summary="List SMS", access="full", tag="SMS", query=Page,
@@ -243,7 +243,7 @@ OPERATIONS = (
     ),
     Operation(
         method="POST", path="/sms/batch", handler=send_sms_batch, summary="Send up to 100 SMS", access="sending",
-        tag="SMS", body=list[SendSms], convert_body=False, reply=BatchAccepted, errors=(409,),
+        tag="SMS", body=list[SendSms], convert_body=False, reply=BatchAccepted, errors=(402, 409),
         headers=("Idempotency-Key", "x-batch-validation"), example=[_EXAMPLE],
     ),
     Operation(
@@ -252,7 +252,7 @@ OPERATIONS = (
     ),
     Operation(
         method="PATCH", path="/sms/{id}", handler=reschedule_sms, summary="Reschedule an SMS", access="full",
-        tag="SMS", path_kinds=_ID, body=Reschedule, reply=SmsRescheduled, errors=(404, 409),
+        tag="SMS", path_kinds=_ID, body=Reschedule, reply=SmsRescheduled, errors=(402, 404, 409),
         example={"scheduled_at": "in 2 hours"},
     ),
     Operation(
