@@ -80,10 +80,16 @@ class Auditor:
         self._until = 0.0
         self._log = structlog.get_logger()
 
-    async def audit_if_due(self, *, pass_s: float = PASS_S, margin_s: float = MARGIN_S) -> Pass | None:
-        """Take the turn if one is due, and work for at most `pass_s`; None when it is not. Raises DatabaseAway."""
+    async def audit_if_due(
+        self, *, pass_s: float = PASS_S, margin_s: float = MARGIN_S, is_early: bool = False
+    ) -> Pass | None:
+        """Take the turn if one is due (or `is_early`), and work for at most `pass_s`; None when it cannot be had.
+
+        Raises DatabaseAway.
+        """
         self._claim_id = new_claim_id()
-        if not await self._database.run(partial(take_turn, claim_id=self._claim_id, lease_s=LEASE_S)):
+        take = partial(take_turn, claim_id=self._claim_id, lease_s=max(LEASE_S, 2 * pass_s), is_early=is_early)
+        if not await self._database.run(take):
             return None
         self._until = monotonic() + pass_s
         done = Pass()

@@ -21,7 +21,7 @@ TAKE_TURN = """
 UPDATE audit_turn
 SET claim_id = %(claim_id)s,
     lease_until = nm_now() + make_interval(secs => %(lease_s)s)
-WHERE next_at <= nm_now()
+WHERE (%(is_early)s OR next_at <= nm_now())
   AND (claim_id IS NULL OR lease_until <= nm_now() OR lease_until > nm_now() + interval '2 hours')
 """
 
@@ -31,12 +31,12 @@ FROM audit_turn
 """
 
 
-async def take_turn(conn: Connection, *, claim_id: UUID, lease_s: float) -> bool:
-    """Take the turn, if one is due and nobody is at it; a look before spares the row that many ask for."""
+async def take_turn(conn: Connection, *, claim_id: UUID, lease_s: float, is_early: bool = False) -> bool:
+    """Take the turn, if one is due (or `is_early`) and nobody is at it; a look before spares the row many ask for."""
     row = await (await conn.execute(IS_DUE)).fetchone()
-    if row is None or not row[0]:
+    if not is_early and (row is None or not row[0]):
         return False
-    cursor = await conn.execute(TAKE_TURN, {"claim_id": claim_id, "lease_s": lease_s})
+    cursor = await conn.execute(TAKE_TURN, {"claim_id": claim_id, "lease_s": lease_s, "is_early": is_early})
     return cursor.rowcount == 1
 
 

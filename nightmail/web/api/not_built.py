@@ -51,7 +51,6 @@ PATHS = (
     ("/exports/{rest:path}", "GET POST DELETE"),
     ("/stats", "GET"),
     ("/credits", "GET"),
-    ("/explain/{id}", "GET"),
 )
 
 
