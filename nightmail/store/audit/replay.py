@@ -4,11 +4,12 @@ The order of a wallet is that of its transactions' times, which are read under t
 in its entries; what a reservation took is in its answer, because the rows of credit_reservations go when it is settled.
 A clawback brings the end of a batch forward to its own time, so the end it has now judges what was before too.
 
-One wallet is held in memory at a time, and of it only the batches that hold something.
+The transactions are streamed; held in memory are the batches of the chunk's wallets, about half a KB each.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ NEVER = datetime.max.replace(tzinfo=UTC)
 ROWS_AT_ONCE = 2000
 
 Part = tuple[UUID, int]
+Order = tuple[int, datetime, datetime, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,10 @@ class Batch:
     reserved: int = 0
     consumed: int = 0
     expired: int = 0
+    is_open: bool = False
 
     @property
-    def order(self) -> tuple[int, datetime, datetime, bytes]:
+    def order(self) -> Order:
         """Return the batch's place among those that are spent."""
         return self.priority, self.expires_at, self.issued_at, self.id.bytes
 
@@ -75,6 +78,8 @@ class Replay:
     spends: int = 0
     wrong_spends: list[UUID] = field(default_factory=list)
     is_broken: bool = False
+    # Batches that may hold something, in the order in which they are spent.
+    open: list[tuple[Order, Batch]] = field(default_factory=list)
 
     def do(self, step: Step) -> None:
         """Do a transaction again."""
@@ -86,12 +91,12 @@ class Replay:
             case "capture" | "release":
                 self._settle(step)
             case "expire":
-                for batch, amount in self._moves(step):
+                for batch, amount in self._known(step.entries):
                     batch.remaining += amount
                     batch.expired -= amount
             case _:  # a grant, a refund, a clawback, a roll-over from some batches into another
-                for batch, amount in self._moves(step):
-                    batch.remaining += amount
+                for batch, amount in self._known(step.entries):
+                    self._add(batch, amount)
                     batch.consumed -= min(amount, 0)
 
     def broken(self) -> list[UUID]:
@@ -114,14 +119,27 @@ class Replay:
     def _in_order(self, at: datetime, missing: int) -> list[Part]:
         """Return what so much must be taken from at this time."""
         taken: list[Part] = []
-        alive = (b for b in self.batches.values() if b.remaining > 0 and b.expires_at > at)
-        for batch in sorted(alive, key=lambda batch: batch.order):
+        emptied: list[int] = []
+        for place, (_, batch) in enumerate(self.open):
             if missing == 0:
                 break
-            part = min(batch.remaining, missing)
-            taken.append((batch.id, part))
-            missing -= part
+            if batch.remaining <= 0:
+                emptied.append(place)
+            elif batch.expires_at > at:
+                part = min(batch.remaining, missing)
+                taken.append((batch.id, part))
+                missing -= part
+        for place in reversed(emptied):
+            self.open[place][1].is_open = False
+            del self.open[place]
         return taken
+
+    def _add(self, batch: Batch, amount: int) -> None:
+        """Give a batch so much to be spent, or take it."""
+        batch.remaining += amount
+        if batch.remaining > 0 and not batch.is_open:
+            batch.is_open = True
+            insort(self.open, (batch.order, batch), key=lambda one: one[0])
 
     def _settle(self, step: Step) -> None:
         """Capture from the first lines, give the rest back; what has ended meanwhile is expired."""
@@ -134,10 +152,7 @@ class Replay:
             if batch.expires_at <= step.at:
                 batch.expired += amount - captured
             else:
-                batch.remaining += amount - captured
-
-    def _moves(self, step: Step) -> list[tuple[Batch, int]]:
-        return self._known(step.entries)
+                self._add(batch, amount - captured)
 
     def _known(self, parts: Sequence[Part]) -> list[tuple[Batch, int]]:
         """Return the batches of parts; one that is not the wallet's cannot be replayed."""
