@@ -79,6 +79,7 @@ class Scheduler:
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._away = Backoff(BACKOFF_MIN_S, BACKOFF_MAX_S)
         self._next_evaluation = 0.0
+        self._next_audit = 0.0
 
     async def run(self) -> None:
         """Fire until the process is asked to stop, then wait for what runs."""
@@ -115,6 +116,9 @@ class Scheduler:
             # Between runs too: a run that never comes must be noticed.
             self._next_evaluation = monotonic() + WINDOW_S
             self._engine.alerts.evaluate_soon()
+        if monotonic() >= self._next_audit:
+            self._next_audit = monotonic() + WINDOW_S
+            self._ticker.audit_soon()
         return claimed
 
     async def _run(self, slot: ClaimedSlot, claim_id: UUID) -> None:

@@ -17,6 +17,7 @@ from functools import partial
 from uuid import UUID
 
 from nightmail.clock import monotonic
+from nightmail.engine.audit import PASS_S, Auditor
 from nightmail.engine.runner import AGAIN_S, ANSWER_BEFORE_S, Engine, RunOutcome
 from nightmail.engine.schedule import previous_slot
 from nightmail.errors import DatabaseAway
@@ -61,7 +62,9 @@ class Ticker:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._auditor = Auditor(engine.database, engine.stopping)
         self._next_upkeep = 0.0
+        self._audit: asyncio.Task[None] | None = None
 
     # ── slots ──
 
@@ -122,6 +125,24 @@ class Ticker:
         except DatabaseAway as error:
             self._engine.log.warning("tick.no_upkeep", error=short_error(error, self._engine.redact))
 
+    async def audit(self, *, within_s: float = PASS_S) -> None:
+        """Do the hourly audit if it is due, for at most so long; whatever becomes of it is no failure of the caller."""
+        engine = self._engine
+        try:
+            done = await engine.background.within(within_s, self._auditor.audit_if_due(pass_s=within_s / 2))
+        except (DatabaseAway, TimeoutError) as error:
+            engine.log.warning("audit.not_finished", error=short_error(error, engine.redact))
+        except Exception as error:
+            engine.log.error("audit.broke", exc_info=error)
+        else:
+            if done is not None and engine.alerts is not None:
+                engine.alerts.evaluate_soon()
+
+    def audit_soon(self) -> None:
+        """Audit in the background; at most one audit at a time in a process."""
+        if self._audit is None or self._audit.done():
+            self._audit = self._engine.background.start(self.audit())
+
     # ── the tick of a platform or a command ──
 
     async def tick(self, *, trigger: str, deadline_s: float | None = None, dry: bool = False) -> TickOutcome:
@@ -158,6 +179,8 @@ class Tick:
             raise DatabaseAway(str(error)) from error
         if not self.dry:
             self.ticker.upkeep_soon()
+            if self.left_s > MIN_SLICE_S:
+                await self.ticker.audit(within_s=min(self.left_s, PASS_S))
             if self.engine.alerts is not None:
                 self.engine.alerts.evaluate_soon()
         self.engine.log.info(

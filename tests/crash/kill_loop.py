@@ -93,7 +93,7 @@ class KillLoop:
         asyncio.run(self.drain())
         self.uninterrupted += self.world.ask(NOT_INTERRUPTED, self.interrupted)[0]
         self.account = self.world.account()
-        self.broken = self.world.broken()
+        self.broken = asyncio.run(self.world.broken())
 
     async def drain(self) -> None:
         """Finish what is left, in this process."""

@@ -76,7 +76,7 @@ async def test_crash(database_url: str, provider: FakeProviderProcess, nurse: Nu
 
     account = world.account()
     assert not account.violations
-    assert not world.broken()
+    assert not await world.broken()
     assert world.ratings() == ({"included": MESSAGES} if is_test_lane else {"included": 4, "credits": 5, "metered": 3})
     assert account.states == {"sent": MESSAGES}
     assert (account.queue_left, account.claims_left) == (0, 0)

@@ -30,7 +30,7 @@ from nightmail.ports import Attachment, Ports
 from nightmail.providers.capture import CaptureSender
 from nightmail.settings import Settings, load
 from nightmail.store.accept import NewMessage, accept_messages
-from nightmail.store.audit import INVARIANTS
+from nightmail.store.audit import audit
 from nightmail.store.credit_grants import NewGrant, grant
 from nightmail.store.credits import Wallet
 from nightmail.store.database import Database
@@ -332,9 +332,10 @@ class World:
         names = ("attempts", "takeovers", "intent", "claim_id", "wait_s")
         return dict(zip(names, rows[0], strict=True)) if rows else {}
 
-    def broken(self) -> list[str]:
+    async def broken(self) -> list[str]:
         """Return the audit's invariants that do not hold."""
-        return [invariant.name for invariant in INVARIANTS if self.ask(invariant.violations)]
+        async with self.database() as database, database.connection() as conn:
+            return [finding.name for finding in await audit(conn) if finding.violations]
 
     def ratings(self) -> dict[str, int]:
         """Return used units by rating."""

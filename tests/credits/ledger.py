@@ -14,7 +14,8 @@ import uvloop
 
 from nightmail.ids import new_id
 from nightmail.store import credit_expiry, credit_grants
-from nightmail.store.audit import INVARIANTS
+from nightmail.store.audit.invariant import Chunk
+from nightmail.store.audit.walk import check_chunk
 from nightmail.store.credit_grants import START, Cursor
 from nightmail.store.credits import Wallet
 from nightmail.store.database import Connection
@@ -22,7 +23,6 @@ from tests.credits.oracle import NEVER
 
 T = TypeVar("T")
 JOB = UUID("00000000-0000-7000-8000-0000000000aa")
-CREDIT_INVARIANTS = [invariant for invariant in INVARIANTS if invariant.name.startswith("credit_")]
 
 BATCHES = """
 SELECT b.granted, b.remaining, b.reserved, b.consumed, b.expired, b.priority, b.source, b.expires_at, b.id,
@@ -140,6 +140,9 @@ class Ledger:
         return batches, amount
 
     def violations(self) -> dict[str, Sequence[Any]]:
-        """Return the credit invariants that do not hold, with what breaks them."""
-        found = {invariant.name: self.ask(invariant.violations) for invariant in CREDIT_INVARIANTS}
-        return {name: rows for name, rows in found.items() if rows}
+        """Return the invariants of the wallet that do not hold, with what breaks them."""
+        accounts = [
+            row[0] for row in self.ask("SELECT id FROM credit_accounts WHERE user_id = %s", self.wallet.user_id)
+        ]
+        tallies = self.do(check_chunk(self.conn, Chunk("accounts", accounts)))
+        return {name: tally.named for name, tally in tallies.items() if tally.violations}

@@ -52,6 +52,7 @@ class Belongings:
             "api-keys": self.api_key,
             "webhooks": self.webhook,
             "purchases": self.purchase,
+            "explain": self.email,
         }
         path = operation.path.replace("{id}", ids.get(noun, self.org)).replace("{attachment_id}", "0")
         path = path.replace("{user}", USER).replace("{service}", "render").replace("{plan}", "large")

@@ -50,7 +50,6 @@ PATHS = (
     ("/exports", "GET POST"),
     ("/exports/{rest:path}", "GET POST DELETE"),
     ("/stats", "GET"),
-    ("/explain/{id}", "GET"),
 )
 
 

@@ -1,0 +1,214 @@
+"""The hourly audit: what was written since the last pass, in short read-only chunks, by whoever ticks.
+
+One process at a time has the turn (store.audit.marks), however many tick. A pass stops when its time is over or the
+process ends, and the next one goes on where its marks stand. What it finds is kept and looked at again each hour until
+it is right: an alert is open as long as anything is (store.alerts).
+
+Not in the hourly pass are sums over all messages of an org and whole tables: `nightmail audit` looks at those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+import structlog
+
+from nightmail.clock import monotonic
+from nightmail.ids import new_claim_id
+from nightmail.store.audit import INVARIANTS, Scope
+from nightmail.store.audit.invariant import MOST_NAMED, Chunk, Tally
+from nightmail.store.audit.marks import (
+    OpenFinding,
+    end_turn,
+    get_mark,
+    list_changed_accounts,
+    list_changed_messages,
+    list_open,
+    read_horizon,
+    record_chunk,
+    take_turn,
+)
+from nightmail.store.audit.walk import FIRST, SIZE, check_chunk, list_keys, read_span
+from nightmail.store.database import Database
+
+EVERY_S = 3600.0
+# One pass stops after this; the turn goes back, and whoever looks next goes on.
+PASS_S = 20.0
+STATEMENT_S = 25.0
+# A chunk that began in time may take a while: a successor waits for it.
+LEASE_S = 120.0
+# For transactions that have read the time and not yet written anything.
+MARGIN_S = 1.0
+# Wallets or messages that a span of time should bring: more halves the next span, fewer doubles it.
+WANTED = 2000
+FIRST_SPAN = timedelta(minutes=1)
+LONGEST_SPAN = timedelta(hours=6)
+SHORTEST_SPAN = timedelta(seconds=1)
+# A moment that is looked at again.
+MOMENT = timedelta(milliseconds=1)
+BY_NAME = {invariant.name: invariant for invariant in INVARIANTS}
+# Looked at in whole by every pass: these are as many as there are endpoints, claims, metered orgs.
+ALWAYS: tuple[Scope, ...] = ("now", "endpoints", "overage")
+
+
+@dataclass(slots=True)
+class Pass:
+    """What a pass did: things checked, violations seen, and whether it came to its end."""
+
+    checked: int = 0
+    violations: int = 0
+    accounts: int = 0
+    messages: int = 0
+    is_done: bool = False
+    seen: set[Any] = field(default_factory=set)
+
+
+class Auditor:
+    """Audits for one process."""
+
+    def __init__(self, database: Database, stopping: asyncio.Event) -> None:
+        self._database = database
+        self._stopping = stopping
+        self._claim_id = new_claim_id()
+        self._until = 0.0
+        self._log = structlog.get_logger()
+
+    async def audit_if_due(
+        self, *, pass_s: float = PASS_S, margin_s: float = MARGIN_S, is_early: bool = False
+    ) -> Pass | None:
+        """Take the turn if one is due (or `is_early`), and work for at most `pass_s`; None when it cannot be had.
+
+        Raises DatabaseAway.
+        """
+        self._claim_id = new_claim_id()
+        take = partial(take_turn, claim_id=self._claim_id, lease_s=max(LEASE_S, 2 * pass_s), is_early=is_early)
+        if not await self._database.run(take):
+            return None
+        self._until = monotonic() + pass_s
+        done = Pass()
+        try:
+            await self._work(done, margin_s)
+        finally:
+            end = partial(
+                end_turn, claim_id=self._claim_id, is_done=done.is_done, every_s=EVERY_S, checked=done.checked
+            )
+            await self._database.run(end)
+        say = self._log.warning if done.violations else self._log.info
+        say(
+            "audit.pass",
+            checked=done.checked,
+            violations=done.violations,
+            accounts=done.accounts,
+            messages=done.messages,
+            is_done=done.is_done,
+        )
+        return done
+
+    @property
+    def _is_over(self) -> bool:
+        return monotonic() >= self._until or self._stopping.is_set()
+
+    async def _work(self, done: Pass, margin_s: float) -> None:
+        findings = await self._database.run(list_open)
+        of_scope: dict[Scope, list[OpenFinding]] = defaultdict(list)
+        for finding in findings:
+            if finding.invariant in BY_NAME:
+                of_scope[BY_NAME[finding.invariant].scope].append(finding)
+        # Those of an older version's invariants can never be met again.
+        await self._clear({}, [finding for finding in findings if finding.invariant not in BY_NAME])
+        await self._look_again(done, "accounts", {int(f.key): f for f in of_scope["accounts"]}, of_scope["accounts"])
+        await self._look_again(done, "messages", {UUID(f.key): f for f in of_scope["messages"]}, of_scope["messages"])
+        for finding in of_scope["written"]:
+            start = datetime.fromisoformat(finding.key)
+            await self._clear(await self._check(done, Chunk("written", start=start, end=start + MOMENT)), [finding])
+        horizon = await self._database.run(partial(read_horizon, margin_s=margin_s))
+        for scope in ALWAYS:
+            await self._look_at_all(done, scope, of_scope[scope])
+        await self._follow(done, "accounts", horizon)
+        done.seen.clear()
+        await self._follow(done, "messages", horizon)
+        done.is_done = not self._is_over
+
+    async def _look_again(self, done: Pass, scope: Scope, keys: Iterable[Any], findings: Sequence[OpenFinding]) -> None:
+        """Look again at what was wrong, and clear what no longer is."""
+        ordered = sorted(keys)
+        for first in range(0, len(ordered), SIZE[scope]):
+            part = ordered[first : first + SIZE[scope]]
+            tallies = await self._check(done, Chunk(scope, part))
+            texts = {str(key) for key in part}
+            await self._clear(tallies, [finding for finding in findings if finding.key in texts])
+
+    async def _look_at_all(self, done: Pass, scope: Scope, findings: Sequence[OpenFinding]) -> None:
+        """Check a whole scope; a finding is cleared when all of it was looked at without meeting it again."""
+        met: dict[str, Tally] = defaultdict(Tally)
+        after = FIRST.get(scope)
+        while not self._is_over:
+            keys: Sequence[Any] = ()
+            if after is not None:
+                keys = await self._database.run(partial(list_keys, scope=scope, after=after, limit=SIZE[scope]))
+            if keys or after is None:
+                for name, tally in (await self._check(done, Chunk(scope, keys))).items():
+                    met[name].add(tally)
+            if not keys:
+                await self._clear(met, findings)
+                return
+            after = keys[-1]
+
+    # ── what was written since ──
+
+    async def _follow(self, done: Pass, scope: Scope, horizon: datetime) -> None:
+        """Check what was written since the scope's mark until the horizon, span by span, and move the mark."""
+        mark = await self._database.run(partial(get_mark, scope=scope))
+        start = mark if mark is not None else (await self._database.run(read_span))[0]
+        span = FIRST_SPAN
+        while start < horizon and not self._is_over:
+            end = min(start + span, horizon)
+            keys = await self._changed(scope, start, end)
+            fresh = [key for key in keys if key not in done.seen]
+            for first in range(0, len(fresh), SIZE[scope]):
+                part = fresh[first : first + SIZE[scope]]
+                await self._check(done, Chunk(scope, part))
+                done.seen.update(part)
+            if scope == "accounts":
+                done.accounts += len(fresh)
+            else:
+                done.messages += len(fresh)
+                await self._check(done, Chunk("written", start=start, end=end))
+            await self._record({}, scope=scope, audited_to=end)
+            start = end
+            span = max(span / 2, SHORTEST_SPAN) if len(keys) > WANTED else min(span * 2, LONGEST_SPAN)
+
+    async def _changed(self, scope: Scope, start: datetime, end: datetime) -> Sequence[Any]:
+        if scope == "accounts":
+            return await self._database.run(partial(list_changed_accounts, start=start, end=end))
+        return await self._database.run(partial(list_changed_messages, start=start, end=end))
+
+    # ── one chunk ──
+
+    async def _check(self, done: Pass, chunk: Chunk) -> dict[str, Tally]:
+        """Check a chunk and keep what it found."""
+        tallies = await self._database.run(partial(check_chunk, chunk=chunk, limit_s=STATEMENT_S))
+        done.checked += sum(tally.checked for tally in tallies.values())
+        done.violations += sum(tally.violations for tally in tallies.values())
+        found = {name: tally.named for name, tally in tallies.items() if tally.named}
+        if found:
+            await self._record(found)
+        return tallies
+
+    async def _clear(self, tallies: Mapping[str, Tally], findings: Sequence[OpenFinding]) -> None:
+        """Clear the findings that the tallies do not name, unless they could not name all."""
+        named = {(name, offender.id) for name, tally in tallies.items() for offender in tally.named}
+        overfull = {name for name, tally in tallies.items() if tally.violations >= MOST_NAMED}
+        cleared = [f for f in findings if (f.invariant, f.offender) not in named and f.invariant not in overfull]
+        if cleared:
+            await self._record({}, cleared=cleared)
+
+    async def _record(self, found: dict[str, Any], **what: Any) -> None:
+        await self._database.run(partial(record_chunk, claim_id=self._claim_id, found=found, **what))
