@@ -37,6 +37,9 @@ WHEN = {
     "message.unsubscribed": "The recipient unsubscribed with one click, or answered STOP; the address is suppressed.",
     "message.ambiguous": "Nobody can know whether the provider took it; it waits for your decision.",
     "inbound.sms": "Somebody sent an SMS to a number you send from.",
+    "credits.granted": "A user was given credits: a month of a subscription, a purchase, a bonus, a refund.",
+    "credits.expired": "Credits of a user ended unspent; `amount` is how many were booked.",
+    "credits.low": "A spend took what a user can spend below the `low_below` of the wallet.",
     "webhook.disabled": "Another webhook of yours was disabled; `reason` says why.",
 }
 # Names that can be subscribed to, of jobs that are not built.
@@ -46,7 +49,6 @@ COMING = {
     "campaign": "SMS campaigns",
     "phone_number": "phone numbers",
     "export": "exports",
-    "credits": "credits",
     "usage": "usage and billing",
 }
 

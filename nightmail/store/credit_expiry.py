@@ -35,7 +35,9 @@ class ExpiryChunk:
 # join of IN: when statistics change in the middle of a run it takes such sets for one row, and nested loops over them
 # for the cheapest.
 EXPIRE_CHUNK = """
-WITH due AS MATERIALIZED (
+WITH base AS MATERIALIZED (
+    SELECT nm_uuid7()::text AS id
+), due AS MATERIALIZED (
     SELECT b.account_id, (b.expires_at AT TIME ZONE 'UTC')::date AS day, b.id
     FROM credit_batches AS b
     WHERE b.is_open
@@ -63,10 +65,9 @@ WITH due AS MATERIALIZED (
     LIMIT %(most)s
     FOR NO KEY UPDATE
 ), line AS MATERIALIZED (
-    SELECT p.*, nm_nth_id(base.id, row_number() OVER (ORDER BY p.account_id, p.batch_id)) AS id,
+    SELECT p.*, nm_nth_id((SELECT id FROM base), row_number() OVER (ORDER BY p.account_id, p.batch_id)) AS id,
            row_number() OVER earlier AS nth, (sum(p.remaining) OVER earlier)::bigint AS so_far
     FROM past AS p
-    CROSS JOIN (SELECT nm_uuid7()::text AS id) AS base
     WINDOW earlier AS (PARTITION BY p.account_id ORDER BY p.batch_id ROWS UNBOUNDED PRECEDING)
 ), ended AS (
     UPDATE credit_batches AS b

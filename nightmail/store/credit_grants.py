@@ -184,7 +184,9 @@ class GrantChunk:
 # planner from making a join of IN: when statistics change in the middle of a run it takes such sets for one row, and
 # nested loops over them for the cheapest.
 GRANT_CHUNK = """
-WITH due AS MATERIALIZED (
+WITH base AS MATERIALIZED (
+    SELECT nm_uuid7()::text AS id
+), due AS MATERIALIZED (
     SELECT p.id AS purchase_id, p.account_id, p.plan_id, p.anchor, p.next_period, p.next_grant_at AS period_start
     FROM purchases AS p
     WHERE (p.next_grant_at AT TIME ZONE 'UTC')::date <= (nm_now() AT TIME ZONE 'UTC')::date
@@ -209,10 +211,9 @@ WITH due AS MATERIALIZED (
            CASE WHEN n.expires THEN
                nm_period_start(d.anchor, d.next_period + 1) + make_interval(hours => 24 * n.grace_days)
            END AS expires_at,
-           nm_nth_id(base.id, row_number() OVER (ORDER BY d.account_id, d.purchase_id)) AS id
+           nm_nth_id((SELECT id FROM base), row_number() OVER (ORDER BY d.account_id, d.purchase_id)) AS id
     FROM locked AS d
     JOIN plans AS n ON n.id = d.plan_id
-    CROSS JOIN (SELECT nm_uuid7()::text AS id) AS base
 ), line AS MATERIALIZED (
     SELECT p.*, row_number() OVER earlier AS nth, (sum(p.credits) OVER earlier)::bigint AS so_far
     FROM period AS p
@@ -295,9 +296,12 @@ GRANT_ONE = GRANT_CHUNK.replace(
 
 # Leftovers of earlier months go into one batch of the new month, newest first, up to the plan's cap; the rest ends as
 # it would have. It does not matter how late this runs: what was alive when the month began is carried, and the expiry
-# job leaves a batch alone while this is still to come. Within one wallet, so that the balance stays.
+# job leaves a batch alone while this is still to come. Within one wallet, so that the balance stays. `base` is a CTE
+# because a subquery in FROM may be evaluated anew for each row: that made a batch of each leftover.
 ROLL_OVER = """
-WITH fresh AS MATERIALIZED (
+WITH base AS MATERIALIZED (
+    SELECT nm_uuid7()::text AS id
+), fresh AS MATERIALIZED (
     SELECT b.account_id, b.purchase_id, b.period_start, b.expires_at, b.priority, n.rollover_cap
     FROM credit_batches AS b
     JOIN purchases AS p ON p.id = b.purchase_id
@@ -305,7 +309,7 @@ WITH fresh AS MATERIALIZED (
     WHERE b.id = ANY (%(grants)s)
 ), old AS MATERIALIZED (
     SELECT old.*, least(old.remaining, old.rollover_cap - (old.so_far - old.remaining))::bigint AS amount,
-           nm_nth_id(base.id, dense_rank() OVER (ORDER BY old.purchase_id)) AS id
+           nm_nth_id((SELECT id FROM base), dense_rank() OVER (ORDER BY old.purchase_id)) AS id
     FROM (
         SELECT f.*, b.id AS batch_id, b.remaining,
                sum(b.remaining) OVER (PARTITION BY f.purchase_id ORDER BY b.period_start DESC, b.id DESC) AS so_far
@@ -317,7 +321,6 @@ WITH fresh AS MATERIALIZED (
           AND b.period_start < f.period_start
           AND b.expires_at >= f.period_start
     ) AS old
-    CROSS JOIN (SELECT nm_uuid7()::text AS id) AS base
     WHERE old.so_far - old.remaining < old.rollover_cap
 ), target AS MATERIALIZED (
     SELECT id, account_id, purchase_id, period_start, expires_at, priority, sum(amount)::bigint AS amount

@@ -22,6 +22,7 @@ from tests.credits.test_crowd import REFUSED, run_crowd, violations
 from tests.credits.test_model import run_model
 
 HISTORIES_AT_ONCE = 1000
+STEPS = 30
 _numbers = count(1)
 
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             url = servers.database_url
             if options.model:
                 with timed(console, f"{options.model:,} examples of the state machine"), fresh(url) as database:
-                    run_model(database, options.model)
+                    run_model(database, options.model, STEPS)
             if options.histories:
                 with timed(console, f"{options.histories:,} histories against the oracle"), fresh(url) as database:
                     for seed in range(0, options.histories, HISTORIES_AT_ONCE):

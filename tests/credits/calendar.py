@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
-# Every day of a January, and 29 February of a leap year.
-ANCHORS = [datetime(2028, 1, day, 6, 30, tzinfo=UTC) for day in range(1, 32)] + [
-    datetime(2028, 2, 29, 6, 30, tzinfo=UTC)
-]
 DAY = timedelta(days=1)
+# Every day of a leap year.
+ANCHORS = [datetime(2028, 1, 1, 6, 30, tzinfo=UTC) + number * DAY for number in range(366)]
 
 
 def walk(anchor: datetime, until: datetime) -> Iterator[datetime]:

@@ -30,6 +30,7 @@ from nightmail.store import credit_expiry, credit_grants, credits
 from nightmail.store.credit_grants import START, NewGrant
 from nightmail.store.credits import Wallet
 from nightmail.store.database import Connection
+from nightmail.store.purchases import NewPurchase, create_purchase
 from nightmail.store.queue import read_clock
 
 WALLETS = 4
@@ -41,6 +42,14 @@ LOCK = "FOR NO KEY UPDATE"
 GAP = "; PERFORM pg_sleep(0.004) WHERE random() < 0.3; PERFORM;"
 
 DEFINITION = "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE proname = ANY (%(names)s)"
+
+RESERVED = """
+SELECT account_id, reference, sum(amount)::bigint
+FROM credit_reservations
+GROUP BY account_id, reference
+ORDER BY random()
+LIMIT 5
+"""
 
 CONSTRAINTS = """
 ALTER TABLE credit_accounts DROP CONSTRAINT credit_accounts_balance;
@@ -84,7 +93,7 @@ async def work(url: str, org_id: UUID, seed: int, until: float, answered: Callab
 def _call(conn: Connection, org_id: UUID, chance: random.Random) -> Awaitable[Any]:
     wallet = Wallet(org_id, "live", f"user-{chance.randint(1, WALLETS):07}")
     reference, amount = f"r{chance.randint(1, REFERENCES)}", chance.randint(1, 30)
-    match chance.randint(0, 10):
+    match chance.randint(0, 13):
         case 0 | 1:
             lasts = chance.choice([None, None, 0.05, 0.3])
             return _grant(conn, wallet, reference, amount, lasts)
@@ -98,6 +107,13 @@ def _call(conn: Connection, org_id: UUID, chance: random.Random) -> Awaitable[An
             return credits.release(conn, wallet, reference=reference)
         case 9:
             return credit_grants.refund(conn, wallet, reference=f"f{reference}", of=reference)
+        case 10:
+            return _claw_back(conn, wallet, reference)
+        case 11:
+            return _settle(conn, chance)
+        case 12:
+            new = NewPurchase(chance.choice(["pack-1000", "monthly"]), external_ref=f"{wallet.user_id}-{reference}")
+            return create_purchase(conn, wallet, new, actor="crowd")
         case _:
             return _jobs(conn)
 
@@ -109,6 +125,22 @@ async def _grant(conn: Connection, wallet: Wallet, reference: str, amount: int, 
         row = await (await conn.execute("SELECT nm_clock() + make_interval(secs => %s)", [lasts])).fetchone()
         ends = row[0] if row else None
     return await credit_grants.grant(conn, wallet, NewGrant(amount, reference, expires_at=ends))
+
+
+async def _claw_back(conn: Connection, wallet: Wallet, reference: str) -> Any:
+    """Take back what is left of a grant, if there was one of this reference."""
+    batch_id = await credit_grants.find_batch(conn, wallet, reference)
+    if batch_id is None:
+        return None
+    return await credit_grants.claw_back(conn, wallet, reference=reference, batch_id=batch_id, reason="crowd")
+
+
+async def _settle(conn: Connection, chance: random.Random) -> Any:
+    """Settle what some wallets have reserved, in one transaction and in any order, as the record step does."""
+    rows = await (await conn.execute(RESERVED)).fetchall()
+    chosen = [credits.Settlement(account, reference, chance.choice([0, held])) for account, reference, held in rows]
+    async with conn.transaction():
+        return await credits.settle(conn, chosen)
 
 
 async def _jobs(conn: Connection) -> Any:

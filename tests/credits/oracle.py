@@ -231,6 +231,8 @@ class Oracle:
                 for s, start in zip(members, starts, strict=True):
                     self._carry_over(s, start)
                 count, passed = count + len(chunk), chunk[-1]
+                if len(chunk) < limit:
+                    break
         return count
 
     def _grant_period(self, s: Subscription) -> None:

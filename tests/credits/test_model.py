@@ -8,14 +8,15 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.credits.ledger import Ledger
 from tests.credits.model import LedgerMachine
 
-EXAMPLES = 200
+EXAMPLES, STEPS = 2000, 6
 
 
 def test_the_ledger_is_as_the_oracle_says(database_url: str) -> None:
-    run_model(database_url, EXAMPLES)
+    """Many short histories; `python -m tests.credits` plays long ones, and others each time."""
+    run_model(database_url, EXAMPLES, STEPS, is_random=False)
 
 
-def run_model(database_url: str, examples: int) -> None:
+def run_model(database_url: str, examples: int, steps: int, *, is_random: bool = True) -> None:
     """Run the state machine on a connection of its own."""
     LedgerMachine.ledger = Ledger.open(database_url)
     try:
@@ -23,10 +24,10 @@ def run_model(database_url: str, examples: int) -> None:
             LedgerMachine,
             settings=settings(
                 max_examples=examples,
-                stateful_step_count=25,
+                stateful_step_count=steps,
                 deadline=None,
                 database=None,
-                derandomize=examples == EXAMPLES,
+                derandomize=not is_random,
                 phases=[Phase.generate, Phase.shrink],
                 suppress_health_check=list(HealthCheck),
             ),

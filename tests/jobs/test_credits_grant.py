@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from nightmail.jobs import credits_grant
-from nightmail.store import credits
+from nightmail.store import credit_grants, credits
+from nightmail.store.credit_grants import Lane
 from nightmail.store.plans import Plan, put_plan
 from nightmail.store.purchases import change_plan, set_status
 from tests.credits.office import Office, listen, office
@@ -227,3 +228,25 @@ def _call(desk: Office, spec: Any) -> Any:
 
     engine = desk.place.engine
     return Call(spec, new_id(), "test", 25.0, job_deadline(25.0), None, [], engine.log, new_claim_id())
+
+
+async def test_lanes_take_every_account_once(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More accounts than a block of a lane has: both lanes work, for the grant and for the expiry."""
+    lanes: set[int] = set()
+    whole = credit_grants.grant_chunk
+
+    async def watched(*arguments: Any, lane: Lane, **named: Any) -> Any:
+        chunk = await whole(*arguments, lane=lane, **named)
+        if chunk is not None:
+            lanes.add(lane.number)
+        return chunk
+
+    monkeypatch.setattr(credit_grants, "grant_chunk", watched)
+    async with office(database_url, wallets=2100, ago="1 day") as desk:
+        assert (await desk.run("credits-grant")).counts == results(processed=2100, successful=2100)
+        assert lanes == {0, 1}
+        async with office(database_url, org_id=desk.org_id, clock_offset="40 days") as later:
+            counts = (await later.run("credits-expire")).counts
+            assert (counts["processed_batches"], counts["processed_users"]) == (2100, 2100)
+            assert (await later.run("credits-expire")).counts["processed_batches"] == 0
+            assert await later.violations() == {}

@@ -130,6 +130,20 @@ async def test_what_rolls_over_after_a_late_payment_does_not_depend_on_when_jobs
             assert await later.violations() == {}
 
 
+async def test_leftovers_of_several_months_become_one_batch_of_the_new_one(database_url: str) -> None:
+    """Month by month as it would have been, though all are granted by one run."""
+    async with office(database_url, wallets=1) as desk:
+        await buy(desk, Plan("rolling", "R", "subscription", 10, rollover_cap=25))
+        async with office(database_url, org_id=desk.org_id, clock_offset="95 days") as later:
+            await later.run("credits-grant")
+            batches = later.rows("SELECT source, granted, remaining FROM credit_batches WHERE period_start = "
+                                 "(SELECT max(period_start) FROM credit_batches) ORDER BY source")  # fmt: skip
+            assert batches == [("rollover", 25, 25), ("subscription", 10, 10)]
+            await later.run("credits-expire")
+            assert later.rows("SELECT balance FROM credit_accounts") == [(35,)]
+            assert await later.violations() == {}
+
+
 async def test_a_refused_purchase_leaves_no_account_behind(database_url: str) -> None:
     async with office(database_url, wallets=1) as desk:
         await buy(desk, "pack-1000", external_ref="cs_1")
