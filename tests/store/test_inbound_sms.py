@@ -108,9 +108,11 @@ async def test_stop_suppresses_for_every_org_that_may_have_written_from_there(wo
         assert await findings(conn) == []
 
 
-async def test_a_reply_is_an_ordinary_message_to_queue_and_usage(world: World) -> None:
+async def test_a_reply_is_an_ordinary_message_to_queue_and_usage_and_no_quota_keeps_it(world: World) -> None:
     await write_to(world)
     world.tell("DELETE FROM usage_records")
+    world.tell("UPDATE orgs SET plan = 'free', billing = 'quota'")
+    world.tell("INSERT INTO usage_quotas SELECT id, 'sms', to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), 100 FROM orgs")
     reply_id = (await receive(world, "HELP")).reply_id
     assert reply_id is not None
     assert world.ask("SELECT org_id, env, channel, state, units FROM messages WHERE id = %s", reply_id) == [
@@ -120,6 +122,7 @@ async def test_a_reply_is_an_ordinary_message_to_queue_and_usage(world: World) -
     assert world.ask("SELECT channel, env, rating, reserved, used FROM usage_records") == [
         ("sms", "live", "included", 1, 0)
     ]
+    assert world.ask("SELECT taken::int FROM usage_quotas") == [101]
     counts = await world.run(lanes=["live:sms"])
     assert counts["sent"] == 1
     assert world.state(reply_id)[0] == "sent"
