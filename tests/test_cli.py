@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from nightmail import cli
+from nightmail import cli, terminal
 
 SECRET = "4f1c0e6ad3b84c7b9a52d06e8f3b71c9"
 
@@ -47,7 +47,8 @@ def in_process(
     for name, value in environment(database_url, **env).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["nightmail", *arguments])
-    monkeypatch.setattr(cli, "configure_logging", lambda settings: None)
+    for module in (cli, terminal):
+        monkeypatch.setattr(module, "configure_logging", lambda settings: None)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return ended.value.code

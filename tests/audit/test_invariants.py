@@ -42,11 +42,18 @@ SPOILT: dict[str, tuple[str, set[str]]] = {
         " VALUES (gen_random_uuid(), {nobody}, 'live', 'email', 'canceled', 's', '{{a}}', 1, '2026-01', now())",
         {"owned"},
     ),
-    "a sent message was charged half": ("UPDATE messages SET credits = 2 * credits WHERE id = {paid}", {"paid"}),
+    "a sent message was charged half": (
+        "UPDATE messages SET credits = 2 * credits WHERE id = {paid}", {"paid", "credit_captured_for"},
+    ),
     "a failed message was charged": (
         "UPDATE credit_transactions SET kind = 'capture'"
         " WHERE kind = 'release' AND reference = 'message:' || {refused}",
-        {"paid", "credit_replay"},
+        {"paid", "credit_captured_for", "credit_replay"},
+    ),
+    "another message was charged": (
+        "UPDATE credit_transactions SET reference = 'message:' || {nobody}"
+        " WHERE kind IN ('reserve', 'capture') AND reference = 'message:' || {paid}",
+        {"paid", "credit_captured_for"},
     ),
     "a waiting message reserved half": (
         "UPDATE messages SET credits = 2 * credits WHERE id = {waiting_paid}", {"paid", "credit_reserved_for"},
