@@ -10,7 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from nightmail.engine.audit import Auditor, Pass
+from nightmail.engine import audit as hourly
+from nightmail.engine.audit import Auditor, Pass, Work
 from nightmail.engine.scheduler import Scheduler
 from nightmail.engine.tick import Ticker
 from nightmail.ids import new_claim_id
@@ -92,6 +93,28 @@ async def test_a_first_pass_finds_what_a_full_audit_finds(database_url: str) -> 
     assert {name for name, _ in found} == {
         "credit_balance", "provider_id", "telling", "told", "overage_complete", "held",
     }  # fmt: skip
+
+
+async def test_what_was_written_at_once_is_taken_in_small_spans(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books = await make_books(database_url)
+    spoil(books, "UPDATE credit_accounts SET balance = balance + 1")
+    spans: list[Any] = []
+    changed = Work._changed
+
+    async def noted(work: Work, scope: Any, start: Any, end: Any) -> Any:
+        keys = await changed(work, scope, start, end)
+        spans.append((end - start, len(keys)))
+        return keys
+
+    monkeypatch.setattr(Work, "_changed", noted)
+    monkeypatch.setattr(hourly, "WANTED", 1)
+    done = await run_pass(database_url)
+    assert (done.is_done, done.accounts, done.messages) == (True, 2, 8)
+    assert all(count <= 1 or span > hourly.SHORTEST_SPAN / 2 for span, count in spans)
+    assert any(count > 1 for _, count in spans), "nothing had to be halved"
+    assert len(open_findings(books)) == 2
 
 
 async def test_new_drift_is_found_without_reading_what_is_old(database_url: str) -> None:
