@@ -277,11 +277,11 @@ FROM message
 
 
 async def test_a_chunk_reads_no_table_from_end_to_end(database_url: str, conn: Connection) -> None:
-    """Among 5,000 wallets and 20,000 messages; also with the statistics of empty tables."""
+    """Among 1,500 wallets and 20,000 messages; also with the statistics of empty tables."""
     books = await make_books(database_url)
     await conn.execute("ANALYZE")
     with psycopg.connect(database_url, autocommit=True) as plain:
-        org_id = seed_wallets(plain, 5000)
+        org_id = seed_wallets(plain, 1500)
         for reference in ("one", "two"):
             seed_batches(plain, org_id, reference=reference, amount=100, lasts="9 days")
         plain.execute(EVENTS, {"org": books.org_id})
