@@ -287,7 +287,7 @@ async def test_a_chunk_reads_no_table_from_end_to_end(database_url: str, conn: C
         plain.execute(EVENTS, {"org": books.org_id})
     rows = await (await conn.execute("SELECT id FROM credit_accounts LIMIT 100")).fetchall()
     accounts = [row[0] for row in rows]
-    (start, end) = (await (await conn.execute("SELECT now() - interval '1 second', now()")).fetchall())[0]
+    (start, end) = (await (await conn.execute("SELECT now() - interval '5 milliseconds', now()")).fetchall())[0]
     for statistics in ("stale", "fresh"):
         if statistics == "fresh":
             books.tell("VACUUM ANALYZE")
