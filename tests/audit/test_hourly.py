@@ -293,8 +293,8 @@ async def test_a_chunk_reads_no_table_from_end_to_end(database_url: str, conn: C
             books.tell("VACUUM ANALYZE")
         async with conn.transaction(force_rollback=True):
             await conn.execute("SELECT set_config('max_parallel_workers_per_gather', '0', true)")
-            await list_changed_accounts(conn, start=start, end=end)
-            if statistics == "fresh":  # BRIN is worth it only to who knows that the table is large
+            if statistics == "fresh":  # a few rows out of many: only who knows the sizes can tell
+                await list_changed_accounts(conn, start=start, end=end)
                 await list_changed_messages(conn, start=start, end=end)
             await check_chunk(conn, Chunk("accounts", accounts))
             await check_chunk(conn, Chunk("messages", list(books.ids.values())))
