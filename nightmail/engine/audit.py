@@ -46,11 +46,13 @@ STATEMENT_S = 25.0
 LEASE_S = 120.0
 # For transactions that have read the time and not yet written anything.
 MARGIN_S = 1.0
-# Wallets or messages that a span of time should bring: more halves the next span, fewer doubles it.
+# Wallets or messages that a span of time may bring: more halves it, fewer than half of that doubles the next.
 WANTED = 2000
 FIRST_SPAN = timedelta(minutes=1)
 LONGEST_SPAN = timedelta(hours=6)
-SHORTEST_SPAN = timedelta(seconds=1)
+SHORTEST_SPAN = timedelta(milliseconds=20)
+# Findings about what was written are looked at one by one.
+MOST_MOMENTS = 500
 # A moment that is looked at again.
 MOMENT = timedelta(milliseconds=1)
 BY_NAME = {invariant.name: invariant for invariant in INVARIANTS}
@@ -71,13 +73,11 @@ class Pass:
 
 
 class Auditor:
-    """Audits for one process."""
+    """Audits for one process; any number of callers at once, one of whom gets the turn."""
 
     def __init__(self, database: Database, stopping: asyncio.Event) -> None:
         self._database = database
         self._stopping = stopping
-        self._claim_id = new_claim_id()
-        self._until = 0.0
         self._log = structlog.get_logger()
 
     async def audit_if_due(
@@ -87,18 +87,16 @@ class Auditor:
 
         Raises DatabaseAway.
         """
-        self._claim_id = new_claim_id()
-        take = partial(take_turn, claim_id=self._claim_id, lease_s=max(LEASE_S, 2 * pass_s), is_early=is_early)
+        claim_id = new_claim_id()
+        take = partial(take_turn, claim_id=claim_id, lease_s=max(LEASE_S, 2 * pass_s), is_early=is_early)
         if not await self._database.run(take):
             return None
-        self._until = monotonic() + pass_s
-        done = Pass()
+        work = Work(self._database, self._stopping, claim_id, until=monotonic() + pass_s)
+        done = work.done
         try:
-            await self._work(done, margin_s)
+            await work.do(margin_s)
         finally:
-            end = partial(
-                end_turn, claim_id=self._claim_id, is_done=done.is_done, every_s=EVERY_S, checked=done.checked
-            )
+            end = partial(end_turn, claim_id=claim_id, is_done=done.is_done, every_s=EVERY_S, checked=done.checked)
             await self._database.run(end)
         say = self._log.warning if done.violations else self._log.info
         say(
@@ -111,11 +109,24 @@ class Auditor:
         )
         return done
 
+
+class Work:
+    """One pass under way: the holder of a turn."""
+
+    def __init__(self, database: Database, stopping: asyncio.Event, claim_id: UUID, *, until: float) -> None:
+        self.done = Pass()
+        self._database = database
+        self._stopping = stopping
+        self._claim_id = claim_id
+        self._until = until
+
     @property
     def _is_over(self) -> bool:
         return monotonic() >= self._until or self._stopping.is_set()
 
-    async def _work(self, done: Pass, margin_s: float) -> None:
+    async def do(self, margin_s: float) -> None:
+        """Look again at what was wrong, at what is looked at each time, and at what was written since."""
+        done = self.done
         findings = await self._database.run(list_open)
         of_scope: dict[Scope, list[OpenFinding]] = defaultdict(list)
         for finding in findings:
@@ -123,29 +134,31 @@ class Auditor:
                 of_scope[BY_NAME[finding.invariant].scope].append(finding)
         # Those of an older version's invariants can never be met again.
         await self._clear({}, [finding for finding in findings if finding.invariant not in BY_NAME])
-        await self._look_again(done, "accounts", {int(f.key): f for f in of_scope["accounts"]}, of_scope["accounts"])
-        await self._look_again(done, "messages", {UUID(f.key): f for f in of_scope["messages"]}, of_scope["messages"])
-        for finding in of_scope["written"]:
+        await self._look_again("accounts", {int(f.key): f for f in of_scope["accounts"]}, of_scope["accounts"])
+        await self._look_again("messages", {UUID(f.key): f for f in of_scope["messages"]}, of_scope["messages"])
+        for finding in of_scope["written"][:MOST_MOMENTS]:
             start = datetime.fromisoformat(finding.key)
-            await self._clear(await self._check(done, Chunk("written", start=start, end=start + MOMENT)), [finding])
+            await self._clear(await self._check(Chunk("written", start=start, end=start + MOMENT)), [finding])
         horizon = await self._database.run(partial(read_horizon, margin_s=margin_s))
         for scope in ALWAYS:
-            await self._look_at_all(done, scope, of_scope[scope])
-        await self._follow(done, "accounts", horizon)
+            await self._look_at_all(scope, of_scope[scope])
+        await self._follow("accounts", horizon)
         done.seen.clear()
-        await self._follow(done, "messages", horizon)
+        await self._follow("messages", horizon)
         done.is_done = not self._is_over
 
-    async def _look_again(self, done: Pass, scope: Scope, keys: Iterable[Any], findings: Sequence[OpenFinding]) -> None:
+    async def _look_again(self, scope: Scope, keys: Iterable[Any], findings: Sequence[OpenFinding]) -> None:
         """Look again at what was wrong, and clear what no longer is."""
         ordered = sorted(keys)
         for first in range(0, len(ordered), SIZE[scope]):
+            if self._is_over:
+                return
             part = ordered[first : first + SIZE[scope]]
-            tallies = await self._check(done, Chunk(scope, part))
+            tallies = await self._check(Chunk(scope, part))
             texts = {str(key) for key in part}
             await self._clear(tallies, [finding for finding in findings if finding.key in texts])
 
-    async def _look_at_all(self, done: Pass, scope: Scope, findings: Sequence[OpenFinding]) -> None:
+    async def _look_at_all(self, scope: Scope, findings: Sequence[OpenFinding]) -> None:
         """Check a whole scope; a finding is cleared when all of it was looked at without meeting it again."""
         met: dict[str, Tally] = defaultdict(Tally)
         after = FIRST.get(scope)
@@ -154,7 +167,7 @@ class Auditor:
             if after is not None:
                 keys = await self._database.run(partial(list_keys, scope=scope, after=after, limit=SIZE[scope]))
             if keys or after is None:
-                for name, tally in (await self._check(done, Chunk(scope, keys))).items():
+                for name, tally in (await self._check(Chunk(scope, keys))).items():
                     met[name].add(tally)
             if not keys:
                 await self._clear(met, findings)
@@ -163,7 +176,7 @@ class Auditor:
 
     # ── what was written since ──
 
-    async def _follow(self, done: Pass, scope: Scope, horizon: datetime) -> None:
+    async def _follow(self, scope: Scope, horizon: datetime) -> None:
         """Check what was written since the scope's mark until the horizon, span by span, and move the mark."""
         mark = await self._database.run(partial(get_mark, scope=scope))
         start = mark if mark is not None else (await self._database.run(read_span))[0]
@@ -171,19 +184,23 @@ class Auditor:
         while start < horizon and not self._is_over:
             end = min(start + span, horizon)
             keys = await self._changed(scope, start, end)
-            fresh = [key for key in keys if key not in done.seen]
+            if len(keys) > WANTED and end - start > SHORTEST_SPAN:
+                span = (end - start) / 2  # so that the mark moves within any time that a pass may have
+                continue
+            fresh = [key for key in keys if key not in self.done.seen]
             for first in range(0, len(fresh), SIZE[scope]):
                 part = fresh[first : first + SIZE[scope]]
-                await self._check(done, Chunk(scope, part))
-                done.seen.update(part)
+                await self._check(Chunk(scope, part))
+                self.done.seen.update(part)
             if scope == "accounts":
-                done.accounts += len(fresh)
+                self.done.accounts += len(fresh)
             else:
-                done.messages += len(fresh)
-                await self._check(done, Chunk("written", start=start, end=end))
+                self.done.messages += len(fresh)
+                await self._check(Chunk("written", start=start, end=end))
             await self._record({}, scope=scope, audited_to=end)
             start = end
-            span = max(span / 2, SHORTEST_SPAN) if len(keys) > WANTED else min(span * 2, LONGEST_SPAN)
+            if len(keys) <= WANTED / 2:
+                span = min(span * 2, LONGEST_SPAN)
 
     async def _changed(self, scope: Scope, start: datetime, end: datetime) -> Sequence[Any]:
         if scope == "accounts":
@@ -192,11 +209,11 @@ class Auditor:
 
     # ── one chunk ──
 
-    async def _check(self, done: Pass, chunk: Chunk) -> dict[str, Tally]:
+    async def _check(self, chunk: Chunk) -> dict[str, Tally]:
         """Check a chunk and keep what it found."""
         tallies = await self._database.run(partial(check_chunk, chunk=chunk, limit_s=STATEMENT_S))
-        done.checked += sum(tally.checked for tally in tallies.values())
-        done.violations += sum(tally.violations for tally in tallies.values())
+        self.done.checked += sum(tally.checked for tally in tallies.values())
+        self.done.violations += sum(tally.violations for tally in tallies.values())
         found = {name: tally.named for name, tally in tallies.items() if tally.named}
         if found:
             await self._record(found)

@@ -60,7 +60,7 @@ GROUP BY org_id, channel, period
 # One message of 12,000 units in a month that is over, of a plan that includes 10,000; told to Stripe in two parts.
 METERED = """
 WITH month AS (
-    SELECT to_char(date_trunc('month', now() AT TIME ZONE 'UTC') - interval '2 months', 'YYYY-MM') AS period
+    SELECT to_char(date_trunc('month', now() AT TIME ZONE 'UTC') - interval '3 months', 'YYYY-MM') AS period
 ), message AS (
     INSERT INTO messages (
         id, org_id, env, channel, state, sender, addresses, units, rating, period, created_at, sent_at,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -12,6 +13,8 @@ from nightmail.store import credits
 from nightmail.store.audit import INVARIANTS, Finding, audit
 from nightmail.store.audit.invariant import Chunk
 from nightmail.store.audit.walk import check_chunk, reading
+from nightmail.store.credit_grants import NewGrant, claw_back, find_batch, grant
+from nightmail.store.credits import Wallet
 from nightmail.store.database import Connection
 from tests.audit.books import Books
 
@@ -42,11 +45,18 @@ SPOILT: dict[str, tuple[str, set[str]]] = {
         " VALUES (gen_random_uuid(), {nobody}, 'live', 'email', 'canceled', 's', '{{a}}', 1, '2026-01', now())",
         {"owned"},
     ),
-    "a sent message was charged half": ("UPDATE messages SET credits = 2 * credits WHERE id = {paid}", {"paid"}),
+    "a sent message was charged half": (
+        "UPDATE messages SET credits = 2 * credits WHERE id = {paid}", {"paid", "credit_captured_for"},
+    ),
     "a failed message was charged": (
         "UPDATE credit_transactions SET kind = 'capture'"
         " WHERE kind = 'release' AND reference = 'message:' || {refused}",
-        {"paid", "credit_replay"},
+        {"paid", "credit_captured_for", "credit_replay"},
+    ),
+    "another message was charged": (
+        "UPDATE credit_transactions SET reference = 'message:' || {nobody}"
+        " WHERE kind IN ('reserve', 'capture') AND reference = 'message:' || {paid}",
+        {"paid", "credit_captured_for"},
     ),
     "a waiting message reserved half": (
         "UPDATE messages SET credits = 2 * credits WHERE id = {waiting_paid}", {"paid", "credit_reserved_for"},
@@ -249,6 +259,29 @@ async def test_a_reservation_outlives_its_message(books: Books, conn: Connection
         found = await violations(conn)
         assert found.keys() == {"credit_reserved_for"}
         assert found["credit_reserved_for"].first == sorted(references)
+
+
+@pytest.mark.parametrize("is_jobs", [False, True])
+async def test_a_batch_that_a_clawback_ended_was_spent_in_its_old_order(
+    books: Books, conn: Connection, is_jobs: bool
+) -> None:
+    """By its end as granted; without an answer that tells it, as for grants of the job, order is not judged."""
+    wallet = Wallet(books.org_id, "live", "bob")
+    now = datetime.now(UTC)
+    async with conn.transaction(force_rollback=True):
+        await grant(conn, wallet, NewGrant(10, "clawed", expires_at=now + timedelta(days=40)))
+        await grant(conn, wallet, NewGrant(10, "sooner", expires_at=now + timedelta(days=20)))
+        await credits.consume(conn, wallet, amount=4, reference="one")
+        batch_id = await find_batch(conn, wallet, "clawed")
+        assert batch_id is not None
+        await claw_back(conn, wallet, reference="back", batch_id=batch_id, reason="mistake")
+        await credits.consume(conn, wallet, amount=4, reference="two")
+        await conn.execute("SET LOCAL session_replication_role = replica")
+        if is_jobs:
+            await conn.execute("UPDATE credit_transactions SET answer = NULL WHERE id = %s", [batch_id])
+        assert not await violations(conn)
+        await conn.execute("UPDATE credit_batches SET priority = 1 WHERE id = %s", [batch_id])
+        assert set(await violations(conn)) == (set() if is_jobs else {"credit_burn_order"})
 
 
 async def test_an_audit_can_write_nothing(books: Books, conn: Connection) -> None:

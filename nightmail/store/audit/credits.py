@@ -245,6 +245,37 @@ FROM (
 LEFT JOIN messages AS m ON m.id = r.message_id
 """
 
+# The other way round is `paid`: this finds what was charged for a message that was not sent, twice, or as another one.
+CAPTURED_FOR: LiteralString = """
+SELECT t.account_id AS key, t.reference AS id, 1 AS things,
+       m.id IS NULL
+       OR m.credits = 0
+       OR t.reference <> 'message:' || m.id || CASE WHEN m.rerated > 0 THEN '/' || m.rerated ELSE '' END
+       OR m.credit_account_id IS DISTINCT FROM t.account_id
+       OR t.amount <> m.credits / m.credit_units
+                    * least(greatest(m.used - (m.units - m.credit_units - m.metered_units), 0), m.credit_units)
+       AS is_wrong
+FROM (
+    SELECT account_id, reference, amount,
+           CASE WHEN reference ~ '^message:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(/[0-9]+)?$'
+                THEN substr(reference, 9, 36)::uuid END AS message_id
+    FROM credit_transactions
+    WHERE account_id = ANY (%(keys)s::bigint[])
+      AND kind = 'capture'
+      AND reference >= 'message:'
+      AND reference < 'message;'
+) AS t
+LEFT JOIN LATERAL (
+    SELECT m.*, coalesce((
+               SELECT coalesce((e.data ->> 'units')::bigint, m.units)
+               FROM message_events AS e
+               WHERE e.message_id = m.id AND e.recipient = '' AND e.kind = 'sent' AND e.provider_ref = ''
+           ), 0) AS used
+    FROM messages AS m
+    WHERE m.id = t.message_id
+) AS m ON true
+"""
+
 CREDITS: tuple[Invariant, ...] = (
     Invariant(
         "credit_balance",
@@ -302,6 +333,12 @@ CREDITS: tuple[Invariant, ...] = (
         "credits reserved for a message are those it was rated at, and the message is not finished",
         "accounts",
         RESERVED_FOR,
+    ),
+    Invariant(
+        "credit_captured_for",
+        "what a wallet was charged for a message is what was sent of it beyond the included units",
+        "accounts",
+        CAPTURED_FOR,
     ),
     Invariant(
         "credit_burn_order",

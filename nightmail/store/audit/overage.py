@@ -1,4 +1,9 @@
-"""Overage reports (L10): what Stripe was told of a month adds up, and is what the month owes."""
+"""Overage reports (L10): what Stripe was told of a month adds up, and is what the month owes.
+
+A month owes what was metered, at most what was used beyond the plan's included units. What Stripe refused (`failed`)
+was not told: its units are in the next revision. Whose plan was changed since the month began is not judged by the plan
+it has now.
+"""
 
 from __future__ import annotations
 
@@ -6,97 +11,79 @@ from typing import LiteralString
 
 from nightmail.store.audit.invariant import Invariant
 
+# A revision that was refused after the next one was written is part of that one's total, and otherwise is not.
 REVISIONS: LiteralString = """
 SELECT r.org_id AS key, concat_ws(' ', r.org_id, r.channel, r.period, r.revision) AS id, 1 AS things,
-       r.revision <> r.nth OR r.total <> r.so_far
+       r.revision <> r.nth
+       OR r.total - r.units NOT BETWEEN coalesce(r.told, 0) AND coalesce(r.tried, 0)
        OR to_char(r.event_at AT TIME ZONE 'UTC', 'YYYY-MM') <> r.period AS is_wrong
 FROM (
-    SELECT o.*, row_number() OVER earlier AS nth, sum(o.units) OVER earlier AS so_far
+    SELECT o.*, row_number() OVER month AS nth,
+           sum(o.units) FILTER (WHERE o.state <> 'failed') OVER earlier AS told, sum(o.units) OVER earlier AS tried
     FROM overage_reports AS o
     WHERE o.org_id = ANY (%(keys)s::uuid[])
-    WINDOW earlier AS (PARTITION BY o.org_id, o.channel, o.period ORDER BY o.revision ROWS UNBOUNDED PRECEDING)
+    WINDOW month AS (PARTITION BY o.org_id, o.channel, o.period ORDER BY o.revision),
+           earlier AS (month ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
 ) AS r
 """
 
-# Whatever the plan is now, no more is reported than was metered. A month whose reporting is over, that is which is two
-# days past and has no open report, is reported in full: what is beyond the included units, unless credits paid for it.
-# A plan or a way of billing that changed since the report leaves only the first to be checked.
-UNITS: LiteralString = """
+OWED: LiteralString = """
 WITH told AS MATERIALIZED (
-    SELECT o.org_id, o.channel, o.period, sum(o.units) AS units, max(o.created_at) AS last_at,
-           bool_or(o.state <> 'reported') AS is_open
-    FROM overage_reports AS o
-    WHERE o.org_id = ANY (%(keys)s::uuid[])
-    GROUP BY o.org_id, o.channel, o.period
-), usage AS MATERIALIZED (
-    SELECT u.org_id, u.channel, u.period,
-           coalesce(sum(u.used) FILTER (WHERE u.rating = 'metered'), 0) AS metered,
-           coalesce(sum(u.used) FILTER (WHERE u.rating IN ('included', 'metered')), 0) AS used
-    FROM usage_records AS u
-    WHERE u.org_id = ANY (%(keys)s::uuid[])
-      AND u.env = 'live'
-    GROUP BY u.org_id, u.channel, u.period
-)
-SELECT t.org_id AS key, concat_ws(' ', t.org_id, t.channel, t.period) AS id, 1 AS things,
-       t.units > coalesce(u.metered, 0)
-       OR (
-           NOT t.is_open
-           AND to_char((nm_now() - interval '48 hours') AT TIME ZONE 'UTC', 'YYYY-MM') > t.period
-           AND o.billing = 'metered'
-           AND NOT EXISTS (
-               SELECT FROM audit_logs AS l
-               WHERE l.org_id = t.org_id AND l.target = t.org_id::text AND l.action LIKE 'org.%%'
-                 AND l.action <> 'org.created' AND l.at >= (t.period || '-01')::timestamp AT TIME ZONE 'UTC'
-           )
-           AND t.units > least(coalesce(u.metered, 0), greatest(0, coalesce(u.used, 0) - n.included))
-       ) AS is_wrong
-FROM told AS t
-JOIN orgs AS o ON o.id = t.org_id
-CROSS JOIN LATERAL (
-    SELECT CASE t.channel WHEN 'email' THEN p.included_emails ELSE p.included_sms END AS included
-    FROM message_plans AS p
-    WHERE p.id = o.plan
-) AS n
-LEFT JOIN usage AS u ON u.org_id = t.org_id AND u.channel = t.channel AND u.period = t.period
-"""
-
-# A month's report is due a day after its end; what was changed about the org since its beginning cannot be judged.
-COMPLETE: LiteralString = """
-SELECT u.org_id AS key, concat_ws(' ', u.org_id, u.channel, u.period) AS id, 1 AS things,
-       coalesce(t.units, 0) < least(u.metered, greatest(0, u.used - u.included)) AS is_wrong
-FROM (
-    SELECT u.org_id, u.channel, u.period, min(CASE u.channel WHEN 'email' THEN p.included_emails
-                                                             ELSE p.included_sms END) AS included,
-           coalesce(sum(u.used) FILTER (WHERE u.rating = 'metered'), 0) AS metered,
-           coalesce(sum(u.used) FILTER (WHERE u.rating IN ('included', 'metered')), 0) AS used
-    FROM usage_records AS u
-    JOIN orgs AS o ON o.id = u.org_id
-    JOIN message_plans AS p ON p.id = o.plan
-    WHERE u.org_id = ANY (%(keys)s::uuid[])
-      AND u.env = 'live'
-      AND o.billing = 'metered'
-      AND o.stripe_customer_id IS NOT NULL
-      AND u.period < to_char((nm_now() - interval '48 hours') AT TIME ZONE 'UTC', 'YYYY-MM')
-      AND NOT EXISTS (
-          SELECT FROM audit_logs AS l
-          WHERE l.org_id = u.org_id AND l.target = u.org_id::text AND l.action LIKE 'org.%%'
-            AND l.action <> 'org.created' AND l.at >= (u.period || '-01')::timestamp AT TIME ZONE 'UTC'
-      )
-    GROUP BY u.org_id, u.channel, u.period
-) AS u
-LEFT JOIN (
     SELECT o.org_id, o.channel, o.period, sum(o.units) AS units
     FROM overage_reports AS o
     WHERE o.org_id = ANY (%(keys)s::uuid[])
+      AND o.state <> 'failed'
     GROUP BY o.org_id, o.channel, o.period
-) AS t ON t.org_id = u.org_id AND t.channel = u.channel AND t.period = u.period
+), month AS MATERIALIZED (
+    SELECT u.org_id, u.channel, u.period, sum(u.used) FILTER (WHERE u.rating = 'metered') AS metered,
+           sum(u.used) AS used, ((u.period || '-01')::timestamp) AT TIME ZONE 'UTC' AS begins_at,
+           ((u.period || '-01')::timestamp + interval '1 month') AT TIME ZONE 'UTC' AS ends_at
+    FROM usage_records AS u
+    WHERE u.org_id = ANY (%(keys)s::uuid[])
+      AND u.env = 'live'
+      AND u.rating IN ('included', 'metered')
+    GROUP BY u.org_id, u.channel, u.period
+), owed AS MATERIALIZED (
+    SELECT m.*, o.stripe_customer_id, least(m.metered, greatest(0, m.used - n.included)) AS units,
+           NOT EXISTS (
+               SELECT
+               FROM audit_logs AS l
+               WHERE l.at >= m.begins_at AND l.org_id = m.org_id AND l.action = 'org.changed'
+           ) AS is_sure
+    FROM month AS m
+    JOIN orgs AS o ON o.id = m.org_id
+    CROSS JOIN LATERAL (
+        SELECT CASE m.channel WHEN 'email' THEN p.included_emails ELSE p.included_sms END AS included
+        FROM message_plans AS p
+        WHERE p.id = o.plan
+    ) AS n
+    WHERE m.metered > 0
+)
 """
 
-# An accepted call is answered at once; what is in doubt is asked again by the next run, and Stripe forgets after a day.
+TOO_MUCH: LiteralString = """
+SELECT t.org_id AS key, concat_ws(' ', t.org_id, t.channel, t.period) AS id, 1 AS things,
+       t.units > coalesce(m.metered, 0) OR (m.is_sure AND t.units > m.units) AS is_wrong
+FROM told AS t
+LEFT JOIN owed AS m ON m.org_id = t.org_id AND m.channel = t.channel AND m.period = t.period
+"""
+
+# The report runs on the first of a month, and tells what came later on the first of the next one.
+TOO_LITTLE: LiteralString = """
+SELECT m.org_id AS key, concat_ws(' ', m.org_id, m.channel, m.period) AS id, 1 AS things,
+       coalesce(t.units, 0) < m.units AND (t.units IS NULL OR m.ends_at < nm_now() - interval '792 hours') AS is_wrong
+FROM owed AS m
+LEFT JOIN told AS t ON t.org_id = m.org_id AND t.channel = m.channel AND t.period = m.period
+WHERE m.is_sure
+  AND m.stripe_customer_id IS NOT NULL
+  AND m.ends_at < nm_now() - interval '48 hours'
+"""
+
 CALLED: LiteralString = """
 SELECT o.org_id AS key, o.identifier AS id, 1 AS things,
-       o.state = 'reported' AND (o.reported_at IS NULL OR o.first_called_at IS NULL)
-       OR o.state = 'pending' AND o.reported_at IS NOT NULL AS is_wrong
+       CASE o.state WHEN 'reported' THEN o.reported_at IS NULL OR o.first_called_at IS NULL
+                    WHEN 'pending' THEN o.reported_at IS NOT NULL
+                    ELSE false END AS is_wrong
 FROM overage_reports AS o
 WHERE o.org_id = ANY (%(keys)s::uuid[])
 """
@@ -109,11 +96,21 @@ OVERAGE: tuple[Invariant, ...] = (
         REVISIONS,
     ),
     Invariant(
-        "overage_units", "no more overage is reported than was metered beyond the included units", "overage", UNITS
+        "overage_units",
+        "no more overage is reported than was metered beyond the included units",
+        "overage",
+        OWED + TOO_MUCH,
     ),
     Invariant(
-        "overage_complete", "two days past a month, what was metered beyond the included units has a report", "overage",
-        COMPLETE,
+        "overage_complete",
+        "two days past a month what it owes has a report, and past the next one's report all of it was told",
+        "overage",
+        OWED + TOO_LITTLE,
     ),
-    Invariant("overage_called", "what is reported was called for, and what was not is not reported", "overage", CALLED),
-)  # fmt: skip
+    Invariant(
+        "overage_called",
+        "what is reported was called for, and what was not is not reported",
+        "overage",
+        CALLED,
+    ),
+)
