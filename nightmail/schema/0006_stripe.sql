@@ -115,6 +115,53 @@ CREATE TABLE overage_skips (
 CREATE INDEX usage_records_metered ON usage_records (period, org_id, channel)
     WHERE env = 'live' AND rating = 'metered';
 
+-- What months owe that was not told: those that are over, with p_with_open also the one that runs. Metered units of a month
+-- are what is over the plan's quota, at most what was rated as metered; the included part is looked up for metered months
+-- only. Refused revisions count as not told. The event of a closed month lies in its last second, of an open one at this
+-- moment.
+CREATE FUNCTION nm_overage_owed(p_with_open boolean) RETURNS TABLE (
+    org_id uuid, channel text, period text, stripe_customer_id text, units bigint, total bigint, revision integer,
+    event_at timestamptz
+)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    WITH metered AS MATERIALIZED (
+        SELECT org_id, channel, period, sum(used)::bigint AS used
+        FROM usage_records
+        WHERE env = 'live'
+          AND rating = 'metered'
+          AND (period < to_char(nm_now() AT TIME ZONE 'UTC', 'YYYY-MM')
+               OR (p_with_open AND period = to_char(nm_now() AT TIME ZONE 'UTC', 'YYYY-MM')))
+        GROUP BY org_id, channel, period
+        HAVING sum(used) > 0
+    ), month AS MATERIALIZED (
+        SELECT m.*, o.stripe_customer_id, told.units AS told, coalesce(told.revision, 0) AS revision,
+               least(m.used, m.used + coalesce(included.used, 0)
+                     - CASE m.channel WHEN 'email' THEN p.included_emails ELSE p.included_sms END) AS units,
+               (m.period || '-01')::timestamp AT TIME ZONE 'UTC' AS begins_at,
+               ((m.period || '-01')::timestamp + interval '1 month') AT TIME ZONE 'UTC' AS ends_at
+        FROM metered AS m
+        JOIN orgs AS o ON o.id = m.org_id
+        JOIN message_plans AS p ON p.id = o.plan
+        CROSS JOIN LATERAL (
+            SELECT sum(u.used)::bigint AS used
+            FROM usage_records AS u
+            WHERE u.org_id = m.org_id AND u.channel = m.channel AND u.env = 'live' AND u.period = m.period
+              AND u.rating = 'included'
+        ) AS included
+        CROSS JOIN LATERAL (
+            SELECT coalesce(sum(r.units) FILTER (WHERE r.state <> 'failed'), 0)::bigint AS units,
+                   max(r.revision) AS revision
+            FROM overage_reports AS r
+            WHERE r.org_id = m.org_id AND r.channel = m.channel AND r.period = m.period
+        ) AS told
+    )
+    SELECT m.org_id, m.channel, m.period, m.stripe_customer_id, m.units - m.told, m.units, m.revision + 1,
+           greatest(m.begins_at, least(date_trunc('second', nm_now()), m.ends_at - interval '1 second'))
+    FROM month AS m
+    WHERE m.units > m.told;
+END;
+
 -- What somebody should look at, as presets of the alerts (store.alerts): open while it is so, and at most this long.
 CREATE FUNCTION nm_stripe_alerts() RETURNS TABLE (preset text, job text, summary text)
 LANGUAGE sql STABLE

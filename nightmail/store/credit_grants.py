@@ -170,7 +170,8 @@ class GrantChunk:
 # nested loops over them for the cheapest.
 GRANT_CHUNK = """
 WITH due AS MATERIALIZED (
-    SELECT p.id AS purchase_id, p.account_id, p.plan_id, p.anchor, p.next_period, p.next_grant_at AS period_start
+    SELECT p.id AS purchase_id, p.account_id, p.plan_id, p.quantity, p.anchor, p.next_period,
+           p.next_grant_at AS period_start
     FROM purchases AS p
     WHERE p.next_grant_at <= nm_now()
       AND (p.holds_from IS NULL OR p.next_grant_at < p.holds_from)
@@ -187,7 +188,7 @@ WITH due AS MATERIALIZED (
     ORDER BY a.id
     FOR UPDATE OF a
 ), period AS MATERIALIZED (
-    SELECT d.*, n.credits, n.priority, n.rollover_cap > 0 AS rolls_over,
+    SELECT d.*, d.quantity * n.credits AS credits, n.priority, n.rollover_cap > 0 AS rolls_over,
            CASE WHEN n.expires THEN
                nm_period_start(d.anchor, d.next_period + 1) + make_interval(hours => 24 * n.grace_days)
            END AS expires_at,
@@ -272,7 +273,8 @@ GRANT_ONE = GRANT_CHUNK.replace(
 # job leaves a batch alone while this is still to come. Within one wallet, so that the balance stays.
 ROLL_OVER = """
 WITH fresh AS MATERIALIZED (
-    SELECT b.account_id, b.purchase_id, b.period_start, b.expires_at, b.priority, n.rollover_cap
+    SELECT b.account_id, b.purchase_id, b.period_start, b.expires_at, b.priority,
+           p.quantity * n.rollover_cap AS rollover_cap
     FROM credit_batches AS b
     JOIN purchases AS p ON p.id = b.purchase_id
     JOIN plans AS n ON n.id = p.plan_id
