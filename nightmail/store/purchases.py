@@ -302,7 +302,10 @@ async def change_plan(
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """A subscription as the payment system has it; `since` is when it became so, `anchor` where its months begin."""
+    """A subscription as the payment system has it; `since` is when it became so, `anchor` where its months begin.
+
+    `payment` is told apart from the status, because a subscription may be canceled and due at once.
+    """
 
     plan_id: str
     status: PurchaseStatus
@@ -310,6 +313,7 @@ class Followed:
     anchor: datetime
     ends_at: datetime | None = None
     quantity: int = 1
+    payment: str = "unchanged"
 
 
 MOVE_ANCHOR = """
@@ -337,8 +341,8 @@ async def follow_subscription(
         if found.status == "paid" or plan.kind == "pack":
             return "not_a_subscription"
         past_due_at = found.past_due_at
-        if now.status in ("active", "trialing"):
-            past_due_at = None
+        if now.payment != "unchanged":
+            past_due_at = (past_due_at or now.since) if now.payment == "due" else None
         elif now.status == "past_due":
             past_due_at = past_due_at or now.since
         is_moved = found.status == "trialing" and found.next_period == 0 and now.anchor != found.anchor
