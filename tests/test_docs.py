@@ -75,7 +75,7 @@ def test_the_readme_is_honest_about_what_is_not_built() -> None:
     section = README.partition("## What is not built yet")[2].partition("\n## ")[0]
     unbuilt = {spec.name for spec in JOBS if spec.run is None}
     assert set(re.findall(r"`([a-z-]+)`", section)) & {spec.name for spec in JOBS} == unbuilt
-    numbers = {1: "one", 2: "two", 3: "three", 10: "ten", 11: "eleven"}
+    numbers = {3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}
     built = len(JOBS) - len(unbuilt)
     assert f"{numbers[built]} of the thirteen jobs are there, {numbers[len(unbuilt)]} are not" in README
     assert f"These {numbers[len(unbuilt)]} jobs" in section

@@ -323,3 +323,39 @@ async def mark_refused_later(conn: Connection, errors: dict[str, str]) -> list[U
     """Note that Stripe could not count reports it had accepted; return the orgs of those that are ours."""
     arguments = {"identifiers": list(errors), "errors": list(errors.values())}
     return [row[0] for row in await (await conn.execute(REFUSE, arguments)).fetchall()]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportView:
+    """A report as it stands."""
+
+    org_id: UUID
+    channel: str
+    period: str
+    revision: int
+    units: int
+    total: int
+    identifier: str
+    event_name: str
+    stripe_customer_id: str
+    state: str
+    attempts: int
+    error: str | None
+    event_at: datetime
+    reported_at: datetime | None
+
+
+LIST = """
+SELECT org_id, channel, period, revision, units, total, identifier, event_name, stripe_customer_id, state, attempts,
+       error, event_at, reported_at
+FROM overage_reports
+WHERE %(state)s::text IS NULL OR state = %(state)s
+ORDER BY period DESC, org_id, channel, revision DESC
+LIMIT %(limit)s
+"""
+
+
+async def list_reports(conn: Connection, *, state: str | None, limit: int) -> list[ReportView]:
+    """Return the newest reports, those in one state if it is given."""
+    cursor = await conn.execute(LIST, {"state": state, "limit": limit})
+    return [ReportView(*row) for row in await cursor.fetchall()]

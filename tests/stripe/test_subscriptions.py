@@ -121,7 +121,7 @@ async def test_any_order_of_the_telling_ends_in_the_same_state(database_url: str
         "subscription": "sub_1", "payment_intent": None,
         "metadata": {"nightmail_org": str(org), "nightmail_user": "ada", "nightmail_plan": "monthly"},
     }  # fmt: skip
-    bare = {"metadata": {}, "lookup_key": None}
+    bare: dict[str, Any] = {"metadata": {}, "lookup_key": None}
     story = [
         ("customer.subscription.created", sub(org, "incomplete", **bare), START),
         ("customer.subscription.updated", sub(org, "active", **bare), START),
@@ -167,7 +167,7 @@ async def test_the_refund_of_an_invoice_takes_back_the_month_it_paid_for_and_no_
 
 async def test_an_org_has_the_plan_that_is_paid_for(database_url: str) -> None:
     org = metered_org(database_url, None, plan="free")
-    plan = {"metadata": {"nightmail_org": str(org), "nightmail_org_plan": "pro"}, "customer": "cus_7"}
+    plan: dict[str, Any] = {"metadata": {"nightmail_org": str(org), "nightmail_org_plan": "pro"}, "customer": "cus_7"}
     query = "SELECT plan, billing, stripe_customer_id FROM orgs"
     async with desk(database_url, START) as now:
         await now.tell("customer.subscription.created", sub(org, **plan))

@@ -44,6 +44,12 @@ TABLES = (
     "credit_prices",
     "plans",
     "purchases",
+    "plan_prices",
+    "stripe_events",
+    "stripe_subscriptions",
+    "stripe_payments",
+    "stripe_refunds",
+    "overage_reports",
 )
 
 
