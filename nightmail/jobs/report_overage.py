@@ -32,6 +32,10 @@ KEYS = ("orgs", "events", "email_overage", "sms_overage", "skipped", "failed")
 BATCH = 8
 # A claim outlives its two calls, sum and report, by this.
 LEASE_MARGIN_S = 30.0
+# Below this no call begins: Stripe answers within it as a rule.
+LEAST_CALL_S = 0.5
+# A shorter run is hardly of use: it might begin no call.
+LEAST_RUN_S = 5.0
 
 
 @dataclass(slots=True)
@@ -66,9 +70,14 @@ async def run(ctx: JobContext) -> JobResult:
     )
     ctx.reach("prepared")
     tally = Tally(skipped=prepared.skipped, failed=prepared.too_old)
-    while not (ctx.deadline.is_over or ctx.stopping.is_set()) and await work_set(ctx, tally, began_at):
+    while call_s(ctx) >= LEAST_CALL_S and not ctx.stopping.is_set() and await work_set(ctx, tally, began_at):
         continue
     return tally.result(more=await ctx.database.run(overage.count_open) > 0)
+
+
+def call_s(ctx: JobContext) -> float:
+    """Return how long a call may take now: two of them and what is written after fit into what the deadline leaves."""
+    return min(ctx.settings.provider_call_s, (ctx.deadline.left_s - 0.5) / 2)
 
 
 async def work_set(ctx: JobContext, tally: Tally, began_at: datetime) -> bool:
@@ -115,11 +124,12 @@ async def _report(ctx: JobContext, report: ClaimedReport, claim_id: UUID) -> str
             return "found"
         if report.is_too_old:
             return "too_old"
-        await ctx.database.run(partial(overage.begin_again, report=report, claim_id=claim_id))
+        if not await ctx.database.run(partial(overage.begin_again, report=report, claim_id=claim_id)):
+            raise InDoubt("claim_lost", "another run has taken this report over")
     elif report.is_too_old and report.first_called_at is None:
         return "too_old"
     ctx.reach("before_call")
-    how = await ctx.ports.meter.report(report.event, timeout_s=ctx.settings.provider_call_s)
+    how = await ctx.ports.meter.report(report.event, timeout_s=call_s(ctx))
     ctx.reach("called")
     return how
 
@@ -143,7 +153,7 @@ async def _is_counted(ctx: JobContext, report: ClaimedReport) -> bool:
             stripe_customer_id=report.event.stripe_customer_id,
             start=report.begins_at,
             end=report.ends_at,
-            timeout_s=ctx.settings.provider_call_s,
+            timeout_s=call_s(ctx),
         )
     except ProviderError as error:
         raise InDoubt(error.code, f"Stripe's sum: {error.detail}") from error

@@ -120,6 +120,7 @@ JOBS: tuple[JobSpec, ...] = (
         starting="overage report",
         keys=report_overage.KEYS,
         holds="table",
+        least_s=report_overage.LEAST_RUN_S,
         run=report_overage.run,
         missing=lambda settings: settings.missing_for_overage,
     ),

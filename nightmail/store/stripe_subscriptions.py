@@ -272,6 +272,8 @@ WHERE id <> %(id)s
 LIMIT 1
 """
 
+KNOWN_PLAN = "SELECT EXISTS (SELECT FROM message_plans WHERE id = %(plan)s)"
+
 SET_PLAN = """
 UPDATE orgs
 SET plan = %(plan)s, billing = %(billing)s, stripe_customer_id = coalesce(nullif(%(customer)s, ''), stripe_customer_id)
@@ -284,6 +286,9 @@ WHERE id = %(id)s
 async def _follow_org(conn: Connection, told: Subscription, org_id: UUID, org_plan: str) -> None:
     """Give the org the plan that is paid for, metered, or the free one when nothing pays for one any more."""
     if told.status in LIVE:
+        row = await (await conn.execute(KNOWN_PLAN, {"plan": org_plan})).fetchone()
+        if not (row and row[0]):
+            raise NotOurs(f"there is no plan of messages {org_plan}: check metadata nightmail_org_plan")
         plan, billing = org_plan, "metered"
     elif told.status == "incomplete":
         return

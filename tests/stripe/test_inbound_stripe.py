@@ -110,11 +110,17 @@ def test_what_cannot_be_applied_says_why_and_is_applied_when_it_is_resent(server
     answer = post(server, told)
     assert (answer.status_code, answer.json()["outcome"]) == (200, "failed")
     assert "pack-5 is no pack of ours" in answer.json()["reason"]
+    [(preset, summary)] = server.rows("SELECT preset, summary FROM nm_stripe_alerts()")
+    assert preset == "stripe_event_failed"
+    assert told["id"] in summary
+    listed = server.call("GET", "/stripe/events?outcome=failed", ADMIN_TOKEN).json()["data"]
+    assert [(item["id"], item["reason"]) for item in listed] == [(told["id"], answer.json()["reason"])]
     made = {"name": "Five", "kind": "pack", "credits": 5}
     assert server.call("PUT", "/plans/pack-5", ADMIN_TOKEN, made).ok
     assert post(server, told).json() == {"outcome": "applied"}
     assert post(server, told).json() == {"outcome": "repeated"}
     assert balance(server) == [5]
+    assert server.rows("SELECT preset FROM nm_stripe_alerts()") == []
 
 
 @pytest.mark.parametrize(

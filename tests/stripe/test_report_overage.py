@@ -110,23 +110,23 @@ async def test_a_run_that_dies_anywhere_is_taken_up_and_told_once(
 
 
 @pytest.mark.crash
-async def test_a_process_killed_after_the_call_leaves_one_event(database_url: str, stripe_api: FakeStripe) -> None:
+@pytest.mark.parametrize(("point", "taken"), [("prepared", 0), ("before_call", 0), ("called", 1)])
+async def test_a_process_that_is_killed_leaves_one_event_in_the_end(
+    database_url: str, stripe_api: FakeStripe, point: str, taken: int
+) -> None:
     org = metered_org(database_url)
     use(database_url, org, "2030-10", included=10_000, metered=250)
     stripe_api.offset = offset_to(FIRST)
-    arguments = [database_url, stripe_api.url, str(stripe_api.offset.total_seconds()), "report-overage:called:exit"]
-    killed = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "tests.stripe.overage_runner", *arguments],
-        capture_output=True,
-        timeout=60,
-    )
+    arguments = [database_url, stripe_api.url, str(stripe_api.offset.total_seconds()), f"report-overage:{point}:exit"]
+    command = [sys.executable, "-m", "tests.stripe.overage_runner", *arguments]
+    killed = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=60)
     assert killed.returncode == -9, killed.stderr
-    assert [event.value for event in stripe_api.events] == [250]
+    assert [event.value for event in stripe_api.events] == [250] * taken
     async with billing(database_url, stripe_api, FIRST + timedelta(hours=2)) as here:
-        assert here.rows("SELECT state, claim_id IS NULL FROM overage_reports") == [("calling", False)]
+        state = "pending" if point == "prepared" else "calling"
+        assert here.rows("SELECT state FROM overage_reports") == [(state,)]
         assert (await report(here)).counts == results(orgs=1, events=1, email_overage=250)
-        assert here.rows("SELECT answer FROM overage_reports") == [({"outcome": "duplicate"},)]
+        assert here.rows("SELECT answer FROM overage_reports") == [({"outcome": ("accepted", "duplicate")[taken]},)]
     assert stripe_api.counted("cus_1") == 250
 
 

@@ -21,7 +21,7 @@ _PRICE = re.compile(r"[A-Za-z0-9_.:-]{1,255}")
 Limit = Annotated[int, Meta(ge=1, le=100, description="How many, 1 to 100, the newest.")]
 
 
-class SetPlan(msgspec.Struct, forbid_unknown_fields=True):
+class SetPlanOfPrice(msgspec.Struct, forbid_unknown_fields=True):
     """The plan that the price buys: a subscription."""
 
     plan: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}\Z")]
@@ -43,14 +43,14 @@ class PlanPriceDeleted(msgspec.Struct, kw_only=True):
     object: Literal["plan_price"] = "plan_price"
 
 
-class EventPage(msgspec.Struct, kw_only=True):
+class StripeEventPage(msgspec.Struct, kw_only=True):
     """Which events."""
 
     limit: Limit = 20
     outcome: Literal["applied", "ignored", "stale", "failed"] | None = None
 
 
-class EventItem(msgspec.Struct, kw_only=True):
+class StripeEventItem(msgspec.Struct, kw_only=True):
     """An event of Stripe and what it came to; `reason` says why it failed or was ignored."""
 
     id: str
@@ -64,14 +64,14 @@ class EventItem(msgspec.Struct, kw_only=True):
     object: Literal["stripe_event"] = "stripe_event"
 
 
-class ReportPage(msgspec.Struct, kw_only=True):
+class OverageReportPage(msgspec.Struct, kw_only=True):
     """Which reports."""
 
     limit: Limit = 20
     state: Literal["pending", "calling", "reported", "too_old", "failed"] | None = None
 
 
-class ReportItem(msgspec.Struct, kw_only=True):
+class OverageReportItem(msgspec.Struct, kw_only=True):
     """A meter event: what became metered in a month since the revision before."""
 
     org_id: str
@@ -98,7 +98,7 @@ async def list_plan_prices(call: Call[None]) -> Reply:
     return Reply(ListOf(data=[PlanPriceItem(price=p.price, plan=p.plan_id) for p in found], has_more=False))
 
 
-async def set_plan_price(call: Call[SetPlan]) -> Reply:
+async def set_plan_price(call: Call[SetPlanOfPrice]) -> Reply:
     """Say which plan a price buys."""
     new = PlanPrice(_read_price(call.ids["price"]), call.body.plan)
     came = await call.services.database.run(lambda conn: plan_prices.put_plan_price(conn, new, actor=call.actor))
@@ -121,11 +121,11 @@ async def delete_plan_price(call: Call[None]) -> Reply:
 
 async def list_stripe_events(call: Call[None]) -> Reply:
     """List events, newest first."""
-    page: EventPage = call.query
+    page: StripeEventPage = call.query
     async with call.services.database.connection() as conn:
         found = await list_events(conn, outcome=page.outcome, limit=page.limit)
     items = [
-        EventItem(
+        StripeEventItem(
             id=e.id,
             type=e.type,
             outcome=e.outcome,
@@ -142,11 +142,11 @@ async def list_stripe_events(call: Call[None]) -> Reply:
 
 async def list_overage_reports(call: Call[None]) -> Reply:
     """List what was reported, newest first."""
-    page: ReportPage = call.query
+    page: OverageReportPage = call.query
     async with call.services.database.connection() as conn:
         found = await list_reports(conn, state=page.state, limit=page.limit)
     items = [
-        ReportItem(
+        OverageReportItem(
             org_id=str(r.org_id),
             channel=r.channel,
             period=r.period,
@@ -183,7 +183,7 @@ OPERATIONS = (
     ),
     Operation(
         method="PUT", path="/stripe/prices/{price}", handler=set_plan_price, summary="Say which plan a price buys",
-        access="admin", tag=_TAG, path_kinds=_PRICE_KIND, body=SetPlan, reply=PlanPriceItem, errors=(409,),
+        access="admin", tag=_TAG, path_kinds=_PRICE_KIND, body=SetPlanOfPrice, reply=PlanPriceItem, errors=(409,),
         example={"plan": "monthly"},
     ),
     Operation(
@@ -192,11 +192,11 @@ OPERATIONS = (
     ),
     Operation(
         method="GET", path="/stripe/events", handler=list_stripe_events, summary="List events of Stripe",
-        access="admin", tag=_TAG, query=EventPage, reply=ListOf[EventItem],
+        access="admin", tag=_TAG, query=StripeEventPage, reply=ListOf[StripeEventItem],
         description="What came to /inbound/stripe. A `failed` one is tried again when it is resent from Stripe.",
     ),
     Operation(
         method="GET", path="/stripe/reports", handler=list_overage_reports, summary="List reports of overage",
-        access="admin", tag=_TAG, query=ReportPage, reply=ListOf[ReportItem],
+        access="admin", tag=_TAG, query=OverageReportPage, reply=ListOf[OverageReportItem],
     ),
 )  # fmt: skip
