@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import requests
 import stripe
 
 from nightmail.fakes.stripe_api import FakeStripe
-from nightmail.fakes.stripe_webhooks import event, sign
+from nightmail.fakes.stripe_webhooks import event, sign, subscription
 from nightmail.providers.stripe_meter import StripeMeter
 from tests.engine.place import content_of
 from tests.ports import make_ports
@@ -198,3 +199,55 @@ def test_what_a_meter_could_not_count_is_looked_up_and_marks_its_report(server: 
     assert rows == [("failed", "meter_event_customer_not_found: There is no such customer.")] * 2
     unknown = stripe_api.error_report(*stripe_api.events, with_data=True)
     assert post(server, unknown).json()["outcome"] == "failed"
+
+
+ODD: tuple[Any, ...] = (
+    None, True, 0, -1, 2**63, 1e308, "", "x" * 300, "\ud800", "\0", [], {}, [None], [[1]], {"id": None}, {"data": 5},
+    {"data": [5]}, {"data": [{"price": 5}]}, "0" * 32,
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path to everything inside a value."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in entries:
+        yield (*path, name)
+        yield from places(inner, (*path, name))
+
+
+def spoil(value: Any, path: tuple[Any, ...], odd: Any) -> Any:
+    """Return a copy with something odd in one place."""
+    copy = json.loads(json.dumps(value))
+    holder = copy
+    for name in path[:-1]:
+        holder = holder[name]
+    holder[path[-1]] = odd
+    return copy
+
+
+def test_whatever_stands_in_an_event_is_no_error_of_ours(server: Server, org: Org) -> None:
+    """Signed, and odd in one place: each kind of event, each place, and one of the odd things in turn."""
+    owner = {"nightmail_org": org.id, "nightmail_user": "ada", "nightmail_plan": "monthly", "nightmail_org_plan": "pro"}
+    invoice = {
+        "id": "in_1", "subscription": "sub_1", "payment_intent": "pi_2", "lines": {"data": [{"period": {"start": 1}}]},
+        "parent": {"subscription_details": {"subscription": "sub_1"}},
+        "payments": {"data": [{"payment": {"payment_intent": "pi_3"}}]},
+    }  # fmt: skip
+    report = {"error_count": 1, "error_types": [{"code": "x", "sample_errors": [{"request": {"identifier": "i"}}]}]}
+    stories = [
+        event("checkout.session.completed", pack(org)),
+        event("customer.subscription.updated", subscription("sub_1", start=1_900_000_000, metadata=owner)),
+        event("invoice.paid", invoice),
+        event("invoice_payment.paid", {"id": "ip_1", "invoice": "in_1", "payment": {"payment_intent": "pi_1"}}),
+        event("charge.refunded", charge(7)),
+        event("v1.billing.meter.error_report_triggered", {"reason": report, "developer_message_summary": "x"}),
+    ]
+    turns = itertools.cycle(ODD)
+    told = [spoil(story, path, next(turns)) for story in stories for path in places(story) for _ in range(3)]
+    for number, body in enumerate(told):
+        if isinstance(body.get("id"), str) and body["id"].startswith("evt_"):
+            body["id"] = f"evt_{number}"
+    with ThreadPoolExecutor(4) as crowd:
+        answers = list(crowd.map(lambda body: (post(server, body), body), told))
+    assert len(answers) > 200
+    assert [(a.status_code, a.text, body) for a, body in answers if a.status_code not in (200, 400, 422)] == []
