@@ -42,25 +42,29 @@ async def test_a_month_that_closed_is_told_once_inside_its_period(database_url: 
     use(database_url, org, "2030-11", metered=50_000)
     spared = metered_org(database_url, "cus_2")
     use(database_url, spared, "2030-10", included=10_000, credits=5_000)
+    demoted = metered_org(database_url, "cus_3", "free")  # its quota was larger when these were rated
+    use(database_url, demoted, "2030-10", included=9_000, metered=100)
     async with billing(database_url, stripe_api, FIRST) as here:
         before = content_of(database_url)
         foretold = await report(here, dry=True)
         assert content_of(database_url) == before
         told = await report(here)
-        assert told.counts == results(orgs=1, events=2, email_overage=3_000, sms_overage=7)
+        assert told.counts == results(orgs=2, events=3, email_overage=3_100, sms_overage=7)
         assert foretold.counts == told.counts
         assert (await report(here)).counts == results()
         assert here.rows(REPORTS) == [
             ("email", "2030-10", 1, 3_000, 3_000, "reported"),
             ("sms", "2030-10", 1, 7, 7, "reported"),
+            ("email", "2030-10", 1, 100, 100, "reported"),
         ]
     assert {(e.event_name, e.customer, e.value) for e in stripe_api.events} == {
         (EMAIL, "cus_1", 3_000),
         (SMS, "cus_1", 7),
+        (EMAIL, "cus_3", 100),
     }
     last_second = at(2030, 11, 1, 0) - timedelta(seconds=1)
     assert {event.at for event in stripe_api.events} == {last_second}
-    assert len({event.identifier for event in stripe_api.events}) == 2
+    assert len({event.identifier for event in stripe_api.events}) == 3
 
 
 async def test_two_platforms_at_once_and_no_lease_tell_it_once(database_url: str, stripe_api: FakeStripe) -> None:

@@ -141,6 +141,19 @@ async def test_any_order_of_the_telling_ends_in_the_same_state(database_url: str
             )
 
 
+async def test_within_a_second_what_must_come_later_wins(database_url: str) -> None:
+    org = metered_org(database_url)
+    async with desk(database_url, START) as now:
+        for status in ("active", "active", "incomplete"):
+            outcome = await now.tell("customer.subscription.updated", sub(org, status))
+            assert outcome == ("stale" if status == "incomplete" else "applied")
+        assert await now.tell("customer.subscription.created", sub(org, "active", quantity=9)) == "stale"
+        ended = sub(org, "canceled", ended_at=now.now)
+        assert await now.tell("customer.subscription.deleted", ended) == "applied"
+        assert await now.tell("customer.subscription.updated", sub(org, "active")) == "stale"
+        assert (now.balance(), now.purchase()) == (1000, ("canceled", "monthly", 1))
+
+
 async def test_the_refund_of_an_invoice_takes_back_the_month_it_paid_for_and_no_other(database_url: str) -> None:
     org = metered_org(database_url)
     async with desk(database_url, START) as now:
