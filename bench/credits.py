@@ -314,7 +314,7 @@ async def _run_twice(url: str, name: str, work: Run) -> JobTimes:
     database = Database(url)
     await database.open()
     sender = CaptureSender()
-    ports = Ports(sender, sender, None, None, None)  # type: ignore[arg-type]
+    ports = Ports(sender, sender, None, None, None, None)  # type: ignore[arg-type]
     settings = load({"nightmail_env": "test"})
 
     async def once() -> float:

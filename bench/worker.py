@@ -37,6 +37,7 @@ from nightmail.ports import EmailSender, Ports
 from nightmail.providers.capture import CaptureSender
 from nightmail.providers.ses import SesSender
 from nightmail.providers.sns_http import HttpSnsHost
+from nightmail.providers.stripe_meter import StripeMeter
 from nightmail.providers.webhook_http import HttpWebhookSender
 from nightmail.settings import Settings
 from nightmail.store.database import Database
@@ -79,6 +80,7 @@ async def _opened(task: Task) -> AsyncIterator[tuple[Settings, Database, Ports]]
         send_rate=Unlimited(),
         webhooks=HttpWebhookSender(settings.webhook_allow_cidrs, allow_http=True),
         sns=HttpSnsHost(),
+        meter=StripeMeter(api_key=None),
     )
     yield settings, database, ports
     await ports.email.close()

@@ -39,7 +39,7 @@ from nightmail.errors import (
     SettingsError,
     UnknownPlan,
 )
-from nightmail.jobs.table import JOBS
+from nightmail.jobs.table import JOBS, jobs_for
 from nightmail.log import configure_logging
 from nightmail.main import Application, open_application, open_servers
 from nightmail.schema.migrate import pending
@@ -146,6 +146,7 @@ def run_command(
     if spec is None:
         fail(f"no job named {job!r}; the jobs are: {', '.join(spec.name for spec in JOBS)}", Exit.USAGE)
     settings = load()
+    spec = next(spec for spec in jobs_for(settings) if spec.name == job)
     check_deadline(deadline, settings)
     try:
         named: datetime | None = named_slot(spec.schedule, slot, now()) if slot else None
@@ -221,6 +222,7 @@ def tick_command(
 @app.command("jobs")
 def jobs_command(data: Data = None, as_json: Json = False) -> None:
     """List the thirteen jobs, their paths and when they run next; needs no database, so --data changes nothing."""
+    jobs = jobs_for(load())
     rows = [
         {
             "job": spec.name,
@@ -229,14 +231,14 @@ def jobs_command(data: Data = None, as_json: Json = False) -> None:
             "next": next_slot(spec.schedule, now()).isoformat(),
             "built": spec.run is not None,
         }
-        for spec in JOBS
+        for spec in jobs
     ]
     if as_json:
         print_json(rows)
         return
-    width = max(len(spec.path) for spec in JOBS)
+    width = max(len(spec.path) for spec in jobs)
     out.print(f"{'job':<24} {'path':<{width}} {'schedule (UTC)':<14} {'next':<12}", soft_wrap=True)
-    for spec in JOBS:
+    for spec in jobs:
         when = f"{next_slot(spec.schedule, now()):%d %b %H:%M}"
         state = "" if spec.run is not None else "not built yet, answers 501"
         out.print(f"{spec.name:<24} {spec.path:<{width}} {spec.schedule:<14} {when:<12} {state}", soft_wrap=True)
@@ -303,6 +305,7 @@ def settings_checks(settings: Settings) -> list[dict[str, str]]:
         checks.append(check("ADMIN_TOKEN", "ok", "set"))
     checks.append(check("email", "ok", settings.email_provider))
     checks.append(check("sms", "ok", settings.sms_provider))
+    checks += stripe_checks(settings)
     if not settings.evidence_configured and "capture" not in (settings.email_provider, settings.sms_provider):
         checks.append(
             check(
@@ -313,6 +316,29 @@ def settings_checks(settings: Settings) -> list[dict[str, str]]:
             )
         )
     return checks
+
+
+def stripe_checks(settings: Settings) -> list[dict[str, str]]:
+    """Return what is set for Stripe, what is missing, and which way of reporting overage fits."""
+    names = ("stripe_api_key", "stripe_email_overage_meter_event", "stripe_sms_overage_meter_event")
+    missing = settings.missing_for_overage
+    fits = {
+        "monthly": "monthly: each month is reported on the 1st at 06:00. It fits invoices that stay drafts for longer,"
+        " such as with a grace period of a day; Stripe's default is one hour after the month, and then what is"
+        " reported is not on that invoice: use OVERAGE_REPORTING=daily",
+        "daily": "daily: what a day added is reported at 00:15, on the 1st what closes the month, while an invoice of"
+        " the calendar month (UTC) is still a draft. Let the platform call report-overage or tick at 00:15 every day",
+    }[settings.overage_reporting]
+    if len(missing) == len(names):
+        overage = {"name": "overage", "state": "ok", "detail": "not reported: no STRIPE_ variable is set for it"}
+    elif missing:
+        detail = f"report-overage answers 501, and months stay open: set {', '.join(missing)}"
+        overage = {"name": "overage", "state": "bad", "detail": detail}
+    else:
+        overage = {"name": "overage", "state": "ok", "detail": fits}
+    count = len(settings.stripe_webhook_secret)
+    detail = f"STRIPE_WEBHOOK_SECRET: {count} set" if count else "no STRIPE_WEBHOOK_SECRET: /inbound/stripe answers 501"
+    return [overage, {"name": "Stripe's events", "state": "ok", "detail": detail}]
 
 
 @app.command("demo")

@@ -25,7 +25,7 @@ from nightmail.engine.scheduler import Dispatcher, Scheduler
 from nightmail.engine.send_rate import build_send_rate, connect_valkey
 from nightmail.engine.tick import Ticker
 from nightmail.jobs.send_scheduled import work_lanes
-from nightmail.jobs.table import JOBS
+from nightmail.jobs.table import jobs_for
 from nightmail.ports import EmailSender, Ports, SmsSender
 from nightmail.providers.aws_sms import AwsSmsSender
 from nightmail.providers.capture import CaptureSender
@@ -33,6 +33,7 @@ from nightmail.providers.ses import SesSender
 from nightmail.providers.smtp import SmtpSender
 from nightmail.providers.sns import SnsSender
 from nightmail.providers.sns_http import HttpSnsHost
+from nightmail.providers.stripe_meter import StripeMeter
 from nightmail.providers.webhook_http import HttpWebhookSender
 from nightmail.schema.migrate import migrate
 from nightmail.settings import Settings
@@ -129,10 +130,12 @@ async def open_application(settings: Settings, servers: Servers) -> AsyncIterato
             allow_http=settings.nightmail_env != "production",
         ),
         sns=HttpSnsHost(),
+        meter=build_meter(settings),
     )
-    alerts = Alerts(JOBS, database, ports, settings)
+    jobs = jobs_for(settings)
+    alerts = Alerts(jobs, database, ports, settings)
     crash = CrashPoints.parse(settings.nightmail_crash)
-    engine = Engine(JOBS, database, ports, settings, socket.gethostname(), stopping, crash, alerts)
+    engine = Engine(jobs, database, ports, settings, socket.gethostname(), stopping, crash, alerts)
     engine.after_run = deliver.deliver_after
     await database.open()
     settle_heap()
@@ -149,6 +152,7 @@ async def open_application(settings: Settings, servers: Servers) -> AsyncIterato
         await ports.sms.close()
         await ports.webhooks.close()
         await ports.sns.close()
+        await ports.meter.close()
         if valkey is not None:
             await valkey.aclose()
         await database.close()
@@ -186,6 +190,12 @@ def build_sms_sender(settings: Settings) -> SmsSender:
             timeout_s=settings.provider_call_s,
         )
     return CaptureSender()
+
+
+def build_meter(settings: Settings) -> StripeMeter:
+    """Return Stripe's meters; without a key they say so when they are called."""
+    key = settings.stripe_api_key.get_secret_value() if settings.stripe_api_key else None
+    return StripeMeter(api_key=key, api_base=settings.stripe_api_base, timeout_s=settings.provider_call_s)
 
 
 def build_web(application: Application, bound_host: str) -> Starlette:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from datetime import datetime
+from typing import Literal, Protocol
 from uuid import UUID
+
+from nightmail.rules.stripe_objects import MeterErrors
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,45 @@ class SnsHost(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class MeterEvent:
+    """Usage of a customer of Stripe: `value` units at a moment. Stripe counts an `identifier` once within 24 hours."""
+
+    event_name: str
+    identifier: str
+    stripe_customer_id: str
+    value: int
+    at: datetime
+
+
+class BillingMeter(Protocol):
+    """Stripe's meters: usage that its invoices will hold."""
+
+    async def report(self, event: MeterEvent, *, timeout_s: float) -> Literal["accepted", "duplicate"]:
+        """Report usage in one attempt within `timeout_s`; "duplicate" means that Stripe had the identifier already.
+
+        Raises Throttled, Retryable, Permanent or InDoubt, and NotConfigured without a key.
+        """
+        ...
+
+    async def sum_of(
+        self, *, event_name: str, stripe_customer_id: str, start: datetime, end: datetime, timeout_s: float
+    ) -> int:
+        """Return what the meter counted from `start` to before `end`, both on a full minute.
+
+        Raises as `report`; Permanent also when no active meter has the event name.
+        """
+        ...
+
+    async def fetch_errors(self, event_id: str, *, timeout_s: float) -> MeterErrors:
+        """Return what a thin event about errors of a meter only points to. Raises as `report`."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections and threads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Ports:
     """The outside world as one run sees it."""
 
@@ -158,3 +200,4 @@ class Ports:
     send_rate: SendRate
     webhooks: WebhookSender
     sns: SnsHost
+    meter: BillingMeter

@@ -73,6 +73,13 @@ class Settings(BaseSettings):
     webhook_endpoint_concurrency: int = Field(25, ge=1, le=1000)
     sms_keyword_replies: bool = True
 
+    stripe_api_key: SecretStr | None = None
+    stripe_api_base: str | None = None
+    stripe_webhook_secret: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    stripe_email_overage_meter_event: str | None = Field(None, max_length=100)
+    stripe_sms_overage_meter_event: str | None = Field(None, max_length=100)
+    overage_reporting: Literal["monthly", "daily"] = "monthly"
+
     alert_webhook_url: SecretStr | None = None
     alert_email: str | None = None
     alert_email_from: str | None = None
@@ -107,6 +114,19 @@ class Settings(BaseSettings):
     def _split_arns(cls, value: Any) -> Any:
         return tuple(p.strip() for p in value.split(",") if p.strip()) if isinstance(value, str) else value
 
+    @field_validator("stripe_webhook_secret", mode="before")
+    @classmethod
+    def _split_signing_secrets(cls, value: Any) -> Any:
+        parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else None
+        return value if parts is None else tuple(SecretStr(part) for part in parts)
+
+    @field_validator("stripe_api_key")
+    @classmethod
+    def _check_api_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
+            raise ValueError("may hold visible ASCII only: a secret or restricted key, such as rk_live_…")
+        return value
+
     @field_validator("admin_token")
     @classmethod
     def _check_admin_token(cls, value: SecretStr | None) -> SecretStr | None:
@@ -125,7 +145,7 @@ class Settings(BaseSettings):
                 raise ValueError("must be a PostgreSQL URL such as postgresql://user:password@host/name") from None
         return value
 
-    @field_validator("public_url", "healthchecks_ping_url")
+    @field_validator("public_url", "healthchecks_ping_url", "stripe_api_base")
     @classmethod
     def _check_url(cls, value: str | None) -> str | None:
         if value is None:
@@ -155,6 +175,12 @@ class Settings(BaseSettings):
     def provider_call_s(self) -> float:
         """Return the bound of one whole provider call in seconds: never over half the lease."""
         return min(self.provider_timeout_s, self.send_lease_s / 2)
+
+    @property
+    def missing_for_overage(self) -> list[str]:
+        """Return the variables without which overage cannot be reported."""
+        needed = ("stripe_api_key", "stripe_email_overage_meter_event", "stripe_sms_overage_meter_event")
+        return [name.upper() for name in needed if getattr(self, name) is None]
 
     @property
     def evidence_configured(self) -> bool:

@@ -76,6 +76,16 @@ GROUPS: dict[str, dict[str, str]] = {
         "sms_keyword_replies": "Answer STOP, START and HELP with an SMS. AWS answers STOP and HELP itself unless the "
         "number has self-managed opt-outs: then turn it off.",
     },
+    "Stripe": {
+        "stripe_api_key": "Secret or restricted key of the account that bills: see [stripe.md](stripe.md).",
+        "stripe_api_base": "Where Stripe is, for tests. Unset: api.stripe.com.",
+        "stripe_webhook_secret": "Signing secret of the webhook endpoint at `/inbound/stripe`; several, separated by "
+        "commas, for several endpoints or while one is rolled.",
+        "stripe_email_overage_meter_event": "Event name of the meter of email overage.",
+        "stripe_sms_overage_meter_event": "Event name of the meter of SMS overage.",
+        "overage_reporting": "`monthly` reports a month when it is over, `daily` what each day added: see "
+        "[stripe.md](stripe.md).",
+    },
     "Alerts": {
         "alert_webhook_url": "Gets a JSON POST (Slack understands it) when an alert opens or closes.",
         "alert_email": "Gets a mail when an alert opens or closes, sent directly.",

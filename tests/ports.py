@@ -5,9 +5,10 @@ from __future__ import annotations
 from ipaddress import ip_network
 
 from nightmail.engine.send_rate import Unlimited
-from nightmail.ports import EmailSender, Ports, SendRate, SmsSender, SnsHost, WebhookSender
+from nightmail.ports import BillingMeter, EmailSender, Ports, SendRate, SmsSender, SnsHost, WebhookSender
 from nightmail.providers.capture import CaptureSender
 from nightmail.providers.sns_http import HttpSnsHost
+from nightmail.providers.stripe_meter import StripeMeter
 from nightmail.providers.webhook_http import HttpWebhookSender
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
@@ -20,6 +21,7 @@ def make_ports(
     send_rate: SendRate | None = None,
     webhooks: WebhookSender | None = None,
     sns: SnsHost | None = None,
+    meter: BillingMeter | None = None,
 ) -> Ports:
     """Return ports; webhooks may reach loopback and nothing else."""
     return Ports(
@@ -28,4 +30,5 @@ def make_ports(
         send_rate=send_rate or Unlimited(),
         webhooks=webhooks or HttpWebhookSender(LOOPBACK, allow_http=True),
         sns=sns or HttpSnsHost(),
+        meter=meter or StripeMeter(api_key=None),
     )

@@ -114,6 +114,7 @@ def test_the_list_of_jobs_says_which_are_built() -> None:
         "cleanup-idempotency",
         "credits-grant",
         "credits-expire",
+        "report-overage",
     }
     assert "not built yet" in nightmail("jobs").stdout
 

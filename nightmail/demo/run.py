@@ -78,6 +78,10 @@ def demo_settings(**overrides: Any) -> Settings:
             "alert_webhook_url": None,
             "alert_email": None,
             "healthchecks_ping_url": None,
+            "stripe_api_key": None,
+            "stripe_webhook_secret": (),
+            "stripe_email_overage_meter_event": None,
+            "stripe_sms_overage_meter_event": None,
             "nightmail_crash": None,
             **overrides,
         }

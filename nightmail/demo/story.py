@@ -438,7 +438,9 @@ class Story:
         surprises = []
         for spec in JOBS:
             status, body = await self._try("GET", spec.path, None, None, secret)
-            wanted = 200 if spec.run is not None else 501
+            # The demo has no Stripe account: report-overage says which settings it lacks.
+            needs_stripe = all(name.startswith("STRIPE_") for name in body.get("missing", ["something else"]))
+            wanted = 200 if spec.run is not None and not needs_stripe else 501
             done["succeeded" if status == 200 else f"{status}"] += 1
             if status != wanted or (status == 200 and body.get("success") is not True):
                 surprises.append(f"{spec.name}: {status}")
@@ -446,7 +448,7 @@ class Story:
         self._expect(
             f"All {len(JOBS)} jobs answer their cron call",
             not surprises,
-            ", ".join(surprises) or f"{built} built: 200; {len(JOBS) - built} not built yet: 501",
+            ", ".join(surprises) or f"{done['succeeded']} of {built} built: 200; not built yet, or without Stripe: 501",
         )
         status, body = await self._try("GET", JOBS[0].path, None, None, {"Authorization": "Bearer not-the-secret"})
         self._expect("A wrong secret is refused", status == 401, f"{status} {body}")

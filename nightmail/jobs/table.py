@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nightmail.engine.job import JobSpec
-from nightmail.jobs import cleanup_idempotency, credits_expire, credits_grant, retry_webhooks, send_scheduled
+from nightmail.jobs import (
+    cleanup_idempotency,
+    credits_expire,
+    credits_grant,
+    report_overage,
+    retry_webhooks,
+    send_scheduled,
+)
+from nightmail.settings import Settings
 
 JOBS: tuple[JobSpec, ...] = (
     JobSpec(
@@ -110,8 +120,11 @@ JOBS: tuple[JobSpec, ...] = (
         schedule="0 6 1 * *",
         title="Report Overage Job",
         starting="overage report",
-        keys=("orgs", "events", "email_overage", "sms_overage", "skipped", "failed"),
+        keys=report_overage.KEYS,
         holds="table",
+        least_s=report_overage.LEAST_RUN_S,
+        run=report_overage.run,
+        missing=lambda settings: settings.missing_for_overage,
     ),
     JobSpec(
         name="credits-grant",
@@ -136,3 +149,13 @@ JOBS: tuple[JobSpec, ...] = (
         after=("credits-grant",),
     ),
 )
+
+# OVERAGE_REPORTING=daily: soon after midnight, because an invoice is a draft for one hour after its month.
+DAILY_OVERAGE = "15 0 * * *"
+
+
+def jobs_for(settings: Settings) -> tuple[JobSpec, ...]:
+    """Return the jobs with the schedules that the settings ask for."""
+    if settings.overage_reporting == "monthly":
+        return JOBS
+    return tuple(replace(spec, schedule=DAILY_OVERAGE) if spec.name == "report-overage" else spec for spec in JOBS)

@@ -181,6 +181,7 @@ VALUES ('monthly', '1,000 credits a month', 'subscription', 1000, 1, 100, 0, NUL
        ('pack-1000', '1,000 credits for a year', 'pack', 1000, 1, 200, 0, 365, 0, 0, 0);
 
 -- A subscription or a pack that somebody bought.
+--   quantity       so many times the plan's credits
 --   anchor         its months begin at anchor + n months
 --   grants_from    months that begin before are not granted (an imported subscription had its credits elsewhere)
 --   next_period    n of the next month to grant; next_grant_at is when it begins (NULL for packs)
@@ -194,6 +195,7 @@ CREATE TABLE purchases (
     env text COLLATE "C" NOT NULL CHECK (env IN ('live', 'test')),
     account_id bigint NOT NULL REFERENCES credit_accounts (id),
     plan_id text COLLATE "C" NOT NULL REFERENCES plans (id),
+    quantity integer NOT NULL DEFAULT 1 CHECK (quantity BETWEEN 1 AND 9999),
     external_ref text COLLATE "C" CHECK (length(external_ref) BETWEEN 1 AND 255),
     status text COLLATE "C" NOT NULL CHECK (status IN ('trialing', 'active', 'past_due', 'canceled', 'paid')),
     anchor timestamptz NOT NULL CHECK (isfinite(anchor)),

@@ -37,7 +37,8 @@ class Change:
     opened_at: datetime
 
 
-# Presets: run_failed, run_slow, items_failing (an hour's items), no_success, old_secret, audit.
+# Presets: run_failed, run_slow, items_failing (an hour's items), no_success, old_secret, audit; those of money in
+# schema/0006.
 # `newest` reads the end of job_runs_by_job. Rows of the dispatcher are no runs of a slot: they only count as items.
 # no_success: only slots since the first run on record, so that a fresh installation is not late for last month.
 # Two evaluations at once: the unique index alerts_open lets one open an alert, the row lock lets one close it.
@@ -106,6 +107,9 @@ WITH watched AS MATERIALIZED (
     FROM audit_findings
     WHERE cleared_at IS NULL
     HAVING count(*) > 0
+    UNION ALL
+    SELECT preset, job, left(summary, 500)
+    FROM nm_stripe_alerts()
 ), opened AS (
     INSERT INTO alerts (id, preset, job, summary, opened_at)
     SELECT gen_random_uuid(), f.preset, f.job, f.summary, nm_now()

@@ -187,7 +187,8 @@ GRANT_CHUNK = """
 WITH base AS MATERIALIZED (
     SELECT nm_uuid7()::text AS id
 ), due AS MATERIALIZED (
-    SELECT p.id AS purchase_id, p.account_id, p.plan_id, p.anchor, p.next_period, p.next_grant_at AS period_start
+    SELECT p.id AS purchase_id, p.account_id, p.plan_id, p.quantity, p.anchor, p.next_period,
+           p.next_grant_at AS period_start
     FROM purchases AS p
     WHERE (p.next_grant_at AT TIME ZONE 'UTC')::date <= (nm_now() AT TIME ZONE 'UTC')::date
       AND p.next_grant_at <= nm_now()
@@ -207,7 +208,7 @@ WITH base AS MATERIALIZED (
     ORDER BY a.id
     FOR NO KEY UPDATE OF a
 ), period AS MATERIALIZED (
-    SELECT d.*, n.credits, n.priority, n.rollover_cap > 0 AS rolls_over,
+    SELECT d.*, d.quantity * n.credits AS credits, n.priority, n.rollover_cap > 0 AS rolls_over,
            CASE WHEN n.expires THEN
                nm_period_start(d.anchor, d.next_period + 1) + make_interval(hours => 24 * n.grace_days)
            END AS expires_at,
@@ -302,7 +303,8 @@ ROLL_OVER = """
 WITH base AS MATERIALIZED (
     SELECT nm_uuid7()::text AS id
 ), fresh AS MATERIALIZED (
-    SELECT b.account_id, b.purchase_id, b.period_start, b.expires_at, b.priority, n.rollover_cap
+    SELECT b.account_id, b.purchase_id, b.period_start, b.expires_at, b.priority,
+           p.quantity * n.rollover_cap AS rollover_cap
     FROM credit_batches AS b
     JOIN purchases AS p ON p.id = b.purchase_id
     JOIN plans AS n ON n.id = p.plan_id

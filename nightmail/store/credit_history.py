@@ -74,7 +74,7 @@ ORDER BY b.priority, b.expires_at, b.issued_at, b.id
 """
 
 NEXT_GRANT = """
-SELECT p.next_grant_at, n.credits, p.id, n.id
+SELECT p.next_grant_at, p.quantity * n.credits, p.id, n.id
 FROM purchases AS p
 JOIN plans AS n ON n.id = p.plan_id
 WHERE p.account_id = %(account_id)s

@@ -107,7 +107,7 @@ LEFT JOIN LATERAL (
       AND expires_at = b.next_at
 ) AS n ON true
 LEFT JOIN LATERAL (
-    SELECT p.next_grant_at, l.credits
+    SELECT p.next_grant_at, p.quantity * l.credits AS credits
     FROM purchases AS p
     JOIN plans AS l ON l.id = p.plan_id
     WHERE p.account_id = a.id
@@ -405,7 +405,7 @@ class PurchaseRow:
 
 
 PURCHASES = """
-SELECT p.id, n.id, n.name, n.kind, n.credits, p.status, p.external_ref, p.next_grant_at,
+SELECT p.id, n.id, n.name, n.kind, p.quantity * n.credits, p.status, p.external_ref, p.next_grant_at,
        coalesce(p.next_grant_at >= p.holds_from, false), p.ends_at, p.grant_error, p.created_at
 FROM purchases AS p
 JOIN plans AS n ON n.id = p.plan_id

@@ -42,6 +42,7 @@ class NewPurchase:
     anchor: datetime | None = None
     grants_from: datetime | None = None
     trial_ends_at: datetime | None = None
+    quantity: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class PurchaseView:
     grant_error: str | None
     created_at: datetime
     billed_from: datetime | None
+    quantity: int = 1
 
     @property
     def wallet(self) -> Wallet:
@@ -86,12 +88,12 @@ SELECT id FROM credit_accounts WHERE org_id = %(org_id)s AND env = %(env)s AND u
 
 INSERT = """
 INSERT INTO purchases (
-    id, org_id, env, account_id, plan_id, external_ref, status, anchor, grants_from, next_period, next_grant_at,
-    holds_from
+    id, org_id, env, account_id, plan_id, quantity, external_ref, status, anchor, grants_from, next_period,
+    next_grant_at, holds_from
 )
 VALUES (
-    %(id)s, %(org_id)s, %(env)s, %(account_id)s, %(plan_id)s, %(external_ref)s, %(status)s, %(anchor)s, %(grants_from)s,
-    %(next_period)s, %(next_grant_at)s, %(holds_from)s
+    %(id)s, %(org_id)s, %(env)s, %(account_id)s, %(plan_id)s, %(quantity)s, %(external_ref)s, %(status)s, %(anchor)s,
+    %(grants_from)s, %(next_period)s, %(next_grant_at)s, %(holds_from)s
 )
 ON CONFLICT (org_id, env, external_ref) WHERE external_ref IS NOT NULL DO NOTHING
 """
@@ -141,12 +143,12 @@ async def _give_at_once(
     if plan.kind == "pack":
         ends = at + timedelta(days=plan.lifetime_days) if plan.lifetime_days is not None else None
         first = NewGrant(
-            plan.credits, f"purchase:{purchase_id}", "purchase", plan.priority, ends,
+            new.quantity * plan.credits, f"purchase:{purchase_id}", "purchase", plan.priority, ends,
             counter=f"payment:{new.external_ref or purchase_id}", purchase_id=purchase_id,
         )  # fmt: skip
     elif new.trial_ends_at is not None:
         first = NewGrant(
-            plan.trial_credits, f"trial:{purchase_id}", "subscription", plan.priority, new.trial_ends_at,
+            new.quantity * plan.trial_credits, f"trial:{purchase_id}", "subscription", plan.priority, new.trial_ends_at,
             purchase_id=purchase_id,
         )  # fmt: skip
     else:
@@ -172,6 +174,7 @@ def _row(purchase_id: UUID, wallet: Wallet, plan: Plan, new: NewPurchase, at: da
         "env": wallet.env,
         "id": purchase_id,
         "plan_id": plan.id,
+        "quantity": new.quantity,
         "external_ref": new.external_ref,
     }
     if plan.kind == "pack":
@@ -203,14 +206,18 @@ def _row(purchase_id: UUID, wallet: Wallet, plan: Plan, new: NewPurchase, at: da
 
 COLUMNS = """
 SELECT p.id, p.org_id, p.env, a.user_id, p.plan_id, p.external_ref, p.status, p.anchor, p.grants_from, p.next_period,
-       p.next_grant_at, p.holds_from, p.past_due_at, p.ends_at, p.grant_error, p.created_at,
-       p.billed_from
+       p.next_grant_at, p.holds_from, p.past_due_at, p.ends_at, p.grant_error, p.created_at, p.billed_from, p.quantity
 FROM purchases AS p
 JOIN credit_accounts AS a ON a.id = p.account_id
 """
 GET = COLUMNS + "WHERE p.id = %(purchase_id)s"
 GET_BY_REFERENCE = COLUMNS + "WHERE p.org_id = %(org_id)s AND p.env = %(env)s AND p.external_ref = %(external_ref)s"
 LOCK = GET + " FOR UPDATE OF p"
+
+
+async def find_purchase(conn: Connection, org_id: UUID, env: str, external_ref: str) -> PurchaseView | None:
+    """Return the purchase with the payment system's id, None when there is none."""
+    return await _find(conn, GET_BY_REFERENCE, org_id=org_id, env=env, external_ref=external_ref)
 
 
 async def get_purchase(conn: Connection, purchase_id: UUID) -> PurchaseView | None:
@@ -245,6 +252,7 @@ async def list_purchases(
 UPDATE = """
 UPDATE purchases
 SET plan_id = %(plan_id)s,
+    quantity = %(quantity)s,
     status = %(status)s,
     past_due_at = %(past_due_at)s,
     ends_at = %(ends_at)s,
@@ -320,6 +328,69 @@ async def change_plan(
         return changed
 
 
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """A subscription as the payment system has it; `since` is when it became so, `anchor` where its months begin.
+
+    `payment` is told apart from the status, because a subscription may be canceled and due at once.
+    """
+
+    plan_id: str
+    status: PurchaseStatus
+    since: datetime
+    anchor: datetime
+    ends_at: datetime | None = None
+    quantity: int = 1
+    payment: str = "unchanged"
+
+
+MOVE_ANCHOR = """
+UPDATE purchases
+SET anchor = %(anchor)s,
+    grants_from = %(anchor)s,
+    next_grant_at = %(anchor)s
+WHERE id = %(id)s
+"""
+
+
+async def follow_subscription(
+    conn: Connection, purchase_id: UUID, now: Followed, *, actor: str
+) -> PurchaseView | Literal["not_found", "not_a_subscription", "unknown_plan"]:
+    """Bring a subscription into the state that the payment system tells, and grant what is due by then.
+
+    Nothing is written when it is in that state. The anchor moves only before the first month was given: when a trial is
+    extended or ended early.
+    """
+    async with conn.transaction():
+        found = await _find(conn, LOCK, purchase_id=purchase_id)
+        plan = await get_plan(conn, now.plan_id)
+        if found is None or plan is None:
+            return "not_found" if found is None else "unknown_plan"
+        if found.status == "paid" or plan.kind == "pack":
+            return "not_a_subscription"
+        at = await _read_clock(conn)
+        past_due_at = found.past_due_at
+        if now.payment != "unchanged":
+            past_due_at = (past_due_at or now.since) if now.payment == "due" else None
+        elif now.status == "past_due":
+            past_due_at = past_due_at or now.since
+        wanted = replace(found, quantity=now.quantity, past_due_at=past_due_at, ends_at=now.ends_at)
+        is_moved = found.status == "trialing" and found.next_period == 0 and now.anchor != found.anchor
+        if (wanted, plan.id, now.status) == (found, found.plan_id, found.status) and not is_moved:
+            return found
+        if is_moved:
+            await conn.execute(MOVE_ANCHOR, {"id": found.id, "anchor": now.anchor})
+            wanted = replace(wanted, anchor=now.anchor)
+        if found.ends_at is not None and found.ends_at <= at and (now.ends_at is None or now.ends_at > at):
+            # It had ended and goes on: nobody has paid for the months between.
+            wanted = replace(wanted, next_period=max(found.next_period, last_period(wanted.anchor, at)))
+        changed = await _change(conn, wanted, plan, now.status, actor)
+        is_other = (plan.id, now.quantity) != (found.plan_id, found.quantity)
+        if is_other and (changed.holds_from is None or changed.holds_from > at):
+            await _top_up(conn, changed, plan, at)
+        return changed
+
+
 async def _change(
     conn: Connection, wanted: PurchaseView, plan: Plan, status: PurchaseStatus, actor: str
 ) -> PurchaseView:
@@ -336,6 +407,7 @@ async def _change(
         {
             "id": wanted.id,
             "plan_id": plan.id,
+            "quantity": wanted.quantity,
             "status": status,
             "past_due_at": wanted.past_due_at,
             "ends_at": wanted.ends_at,
@@ -382,7 +454,7 @@ async def _top_up(conn: Connection, purchase: PurchaseView, plan: Plan, at: date
     """Give what the plan gives more than the month that runs was given; nothing when that month is still to come."""
     period = last_period(purchase.anchor, at)
     start = period_start(purchase.anchor, period)
-    arguments = {"purchase_id": purchase.id, "period_start": start, "amount": plan.credits}
+    arguments = {"purchase_id": purchase.id, "period_start": start, "amount": purchase.quantity * plan.credits}
     row = await (await conn.execute(RAISE, arguments)).fetchone()
     if row is None:
         return
@@ -390,8 +462,8 @@ async def _top_up(conn: Connection, purchase: PurchaseView, plan: Plan, at: date
         conn,
         purchase.wallet,
         NewGrant(
-            plan.credits - row[0],
-            f"upgrade:{purchase.id}:{start:%Y-%m-%dT%H:%M:%SZ}:{plan.credits}",
+            purchase.quantity * plan.credits - row[0],
+            f"upgrade:{purchase.id}:{start:%Y-%m-%dT%H:%M:%SZ}:{purchase.quantity * plan.credits}",
             "subscription",
             plan.priority,
             period_expiry(purchase.anchor, period, grace_days=plan.grace_days) if plan.expires else None,

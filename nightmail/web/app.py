@@ -25,6 +25,7 @@ from nightmail.web.api.table import OPERATIONS
 from nightmail.web.auth import KeyCache
 from nightmail.web.directory import Directory
 from nightmail.web.inbound import inbound_routes
+from nightmail.web.inbound_stripe import stripe_routes
 from nightmail.web.openapi import documentation_routes
 from nightmail.web.operation import Operation, OperationsAt, Reply, State, reply_away, send_reply
 from nightmail.web.problems import Header, problem_body
@@ -58,6 +59,7 @@ def create_app(
             *operation_routes(state, operations),
             *documentation_routes(services, operations),
             *inbound_routes(services),
+            *stripe_routes(services),
             *unsubscribe_routes(services),
             *extra_routes,
         ],

@@ -56,6 +56,7 @@ class Belongings:
         }
         path = operation.path.replace("{id}", ids.get(noun, self.org)).replace("{attachment_id}", "0")
         path = path.replace("{user}", USER).replace("{service}", "render").replace("{plan}", "large")
+        path = path.replace("{price}", "price_1")
         path = path.replace("{entry}", "1").replace("{event_id}", self.event)
         needs_org = operation.access == "admin" and operation.query is not None and operation.query is Owner
         return re.sub(r"\{rest:path\}", "x", path) + (f"?org={self.org}" if needs_org else "")
@@ -105,5 +106,6 @@ def make_credits(server: Server, org: Org, key: str) -> str:
         make(f"/credits/{USER}/reserve", key, {"amount": 5, "reference_id": f"render-{number}"})
     make(f"/credits/{USER}/consume", key, {"amount": 5, "reference_id": "render-3"})
     assert server.call("PUT", "/credit-prices/render", key, {"credits": 3}).ok
+    assert server.call("PUT", "/stripe/prices/price_1", ADMIN_TOKEN, {"plan": "monthly"}).ok
     bought = make(f"/purchases?{owner}", ADMIN_TOKEN, {"user_id": USER, "plan": "monthly", "external_ref": "sub_1"})
     return str(bought["id"])

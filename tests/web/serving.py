@@ -47,6 +47,12 @@ TABLES = (
     "credit_bonuses",
     "plans",
     "purchases",
+    "plan_prices",
+    "stripe_events",
+    "stripe_subscriptions",
+    "stripe_payments",
+    "stripe_refunds",
+    "overage_reports",
 )
 
 
