@@ -62,15 +62,15 @@ def test_eight_processes_killed_at_random_leave_a_ledger_that_adds_up(database_u
 
 @pytest.mark.crash
 def test_without_the_lock_the_constraints_refuse_and_nothing_drifts(database_url: str) -> None:
-    counts = run_crowd(database_url, seconds=2, mutant="unlocked")
-    assert sum(counts.get(state, 0) for state in REFUSED) > 10, counts
+    counts = run_crowd(database_url, seconds=3, mutant="unlocked")
+    assert sum(counts.get(state, 0) for state in REFUSED) > 0, counts
     assert violations(database_url) == {}
 
 
 @pytest.mark.crash
 def test_without_lock_and_constraints_the_audit_finds_the_drift(database_url: str) -> None:
-    counts = run_crowd(database_url, seconds=1.5, mutant="naked")
-    assert counts["answered"] > 50
+    counts = run_crowd(database_url, seconds=2, mutant="naked")
+    assert counts["answered"] > 10
     found = violations(database_url)
     assert found, "neither the constraints nor the lock were there"
 
