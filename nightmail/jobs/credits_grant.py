@@ -24,7 +24,7 @@ from nightmail.store.credit_grants import START, Cursor, Lane
 from nightmail.store.database import is_away
 
 KEYS = ("processed", "successful", "skipped", "failed")
-# 5,000 months take a quarter of a second: the locks of a chunk are held no longer.
+# 5,000 months take a third of a second: the locks of a chunk are held no longer.
 CHUNK = 5000
 # PostgreSQL works off one statement on one core; two lanes are 1.6 times as fast where it has two.
 LANES = 2

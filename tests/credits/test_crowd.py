@@ -53,16 +53,16 @@ def violations(url: str) -> dict[str, int]:
 
 @pytest.mark.crash
 def test_eight_processes_killed_at_random_leave_a_ledger_that_adds_up(database_url: str) -> None:
-    counts = run_crowd(database_url, seconds=3, kill=True)
+    counts = run_crowd(database_url, seconds=4, kill=True)
     assert violations(database_url) == {}
-    assert counts["killed"] > 5
-    assert counts["answered"] > 100
+    assert counts["killed"] > 10
+    assert counts["answered"] > 300
     assert not {how for how in counts if how[0].isdigit()}, "nothing is refused by a constraint, and nothing deadlocks"
 
 
 @pytest.mark.crash
 def test_without_the_lock_the_constraints_refuse_and_nothing_drifts(database_url: str) -> None:
-    counts = run_crowd(database_url, seconds=2, mutant="unlocked")
+    counts = run_crowd(database_url, seconds=3, mutant="unlocked")
     assert sum(counts.get(state, 0) for state in REFUSED) > 10, counts
     # What a spend read before it waited may be another order than the right one; the sums hold all the same.
     assert set(violations(database_url)) <= {"credit_burn_order"}
@@ -70,7 +70,7 @@ def test_without_the_lock_the_constraints_refuse_and_nothing_drifts(database_url
 
 @pytest.mark.crash
 def test_without_lock_and_constraints_the_audit_finds_the_drift(database_url: str) -> None:
-    counts = run_crowd(database_url, seconds=1.5, mutant="naked")
+    counts = run_crowd(database_url, seconds=2, mutant="naked")
     assert counts["answered"] > 50
     found = violations(database_url)
     assert found, "neither the constraints nor the lock were there"
