@@ -37,6 +37,10 @@ WHEN = {
     "message.unsubscribed": "The recipient unsubscribed with one click, or answered STOP; the address is suppressed.",
     "message.ambiguous": "Nobody can know whether the provider took it; it waits for your decision.",
     "inbound.sms": "Somebody sent an SMS to a number you send from.",
+    "credits.granted": "A wallet was given credits: bought, granted by hand, or refunded; `source` says which.",
+    "credits.expired": "Credits of a user's wallet ended unspent.",
+    "credits.low": "A spend took what a wallet can spend below its `low_below`.",
+    "usage.threshold": "80 or 100 percent of what the plan includes in a month are used or scheduled; each told once.",
     "webhook.disabled": "Another webhook of yours was disabled; `reason` says why.",
 }
 # Names that can be subscribed to, of jobs that are not built.
@@ -46,8 +50,6 @@ COMING = {
     "campaign": "SMS campaigns",
     "phone_number": "phone numbers",
     "export": "exports",
-    "credits": "credits",
-    "usage": "usage and billing",
 }
 
 
