@@ -40,6 +40,7 @@ WHEN = {
     "credits.granted": "A user was given credits: a month of a subscription, a purchase, a bonus, a refund.",
     "credits.expired": "Credits of a user ended unspent; `amount` is how many were booked.",
     "credits.low": "A spend took what a user can spend below the `low_below` of the wallet.",
+    "usage.threshold": "80 or 100 percent of what the plan includes in a month are used or scheduled; each told once.",
     "webhook.disabled": "Another webhook of yours was disabled; `reason` says why.",
 }
 # Names that can be subscribed to, of jobs that are not built.
@@ -49,7 +50,6 @@ COMING = {
     "campaign": "SMS campaigns",
     "phone_number": "phone numbers",
     "export": "exports",
-    "usage": "usage and billing",
 }
 
 
