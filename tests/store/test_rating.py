@@ -258,6 +258,18 @@ async def end_evidenced_at_the_gate(till: Till, message: Any) -> int:
     return 6
 
 
+async def end_taken_before_it_was_canceled(till: Till, message: Any) -> int:
+    await till.finish(message, kind="in_doubt")
+    till.tell("UPDATE message_queue SET due_at = nm_now() WHERE message_id = %s", message)
+    await till.finish(message, kind="retry")
+    async with till.database.connection() as conn:
+        await apply(conn, said.ses("Send", message, {}))
+        where: dict[str, Any] = {"org_id": till.org_id, "env": "live", "channel": "email", "message_id": message}
+        assert await cancel_message(conn, **where) == "already_sending"
+    assert await till.begin(message) == []
+    return 6
+
+
 async def suppress(till: Till, count: int) -> None:
     async with till.database.connection() as conn:
         await add_suppressions(
@@ -281,6 +293,7 @@ async def release(till: Till, message: Any, action: Any) -> None:
 ENDS = (
     end_sent, end_partly_refused, end_partly_suppressed, end_suppressed, end_failed, end_retried, end_exhausted,
     end_canceled, end_marked_sent, end_given_up, end_sent_again, end_evidenced, end_evidenced_at_the_gate,
+    end_taken_before_it_was_canceled,
 )  # fmt: skip
 
 
