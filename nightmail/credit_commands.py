@@ -24,7 +24,14 @@ from nightmail.store.database import Connection
 from nightmail.store.orgs import get_org
 from nightmail.store.purchases import NewPurchase, PurchaseView
 from nightmail.terminal import Data, Exit, Json, choose, fail, out, print_json, with_application
-from nightmail.web.api.credit_fields import read_reason, read_reference, read_user, refusal
+from nightmail.web.api.credit_fields import (
+    read_own_reference,
+    read_reason,
+    read_reference,
+    read_time,
+    read_user,
+    refusal,
+)
 from nightmail.web.api.credit_items import balance_item, entry_item, explained_item
 from nightmail.web.api.purchases import purchase_item
 from nightmail.web.problems import Problem
@@ -57,9 +64,10 @@ def list_command(
 ) -> None:
     """List an org's users that have a wallet."""
     org_id, env = _org_of(org), choose("--env", env, ("live", "test"))
+    last = _checked(lambda text: read_user(text, "after"), after) if after is not None else None
 
     async def work(conn: Connection) -> Any:
-        return await credit_accounts.list_accounts(conn, org_id=org_id, env=env, limit=limit, after=after)
+        return await credit_accounts.list_accounts(conn, org_id=org_id, env=env, limit=limit, after=last)
 
     views, has_more = _run(data, org_id, work)
     if as_json:
@@ -110,6 +118,7 @@ def grant_command(
         fail("use either --days or --ends", Exit.USAGE)
     if ends is not None and ends.replace(tzinfo=UTC) <= now():
         fail("--ends must lie in the future", Exit.USAGE)
+    _checked(lambda at: read_time(at, "ends"), ends)
     name, why = _checked(_reference, reference), _checked(read_reason, reason)
 
     async def work(conn: Connection) -> Any:
@@ -157,9 +166,10 @@ def refund_command(
 ) -> None:
     """Give back what a spend took."""
     wallet, name, why = _wallet(org, env, user), _checked(_reference, reference), _checked(read_reason, reason)
+    spend = _checked(lambda text: read_reference(text, "of"), of)
 
     async def work(conn: Connection) -> Any:
-        return await credit_grants.refund(conn, wallet, reference=name, of=of, amount=amount, reason=why)
+        return await credit_grants.refund(conn, wallet, reference=name, of=spend, amount=amount, reason=why)
 
     _tell(_run(data, wallet.org_id, work), as_json, f"Credits of {of} given back to {user}", "Spend")
 
@@ -228,6 +238,10 @@ def purchase_create(
     """Make a purchase and give what is due at once."""
     wallet = _wallet(org, env, user)
     ref = _checked(lambda text: read_reference(text, "external_ref"), external_ref) if external_ref else None
+    if ref is not None and len(ref) > 255:
+        fail("--external-ref must have at most 255 characters", Exit.USAGE)
+    if not plan.isascii():  # what the shell could not decode, the database could not take
+        fail(f"there is no plan {plan!r}", Exit.USAGE)
 
     async def work(conn: Connection) -> Any:
         return await purchases.create_purchase(conn, wallet, NewPurchase(plan, ref), actor="cli")
@@ -312,7 +326,7 @@ def _org_of(text: str) -> UUID:
 def _reference(text: str | None) -> str:
     if text is not None and len(text) > 256:
         fail("--reference must have at most 256 characters", Exit.USAGE)
-    return read_reference(text) if text is not None else f"cli-{secrets.token_hex(8)}"
+    return read_own_reference(text) if text is not None else f"cli-{secrets.token_hex(8)}"
 
 
 def _checked(read: Callable[[Any], T], text: Any) -> T:

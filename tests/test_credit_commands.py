@@ -67,7 +67,14 @@ def test_purchases_are_made_once_and_listed(run: Any) -> None:
         (("credits", "grant", "ada", "5", "--env", "prod"), "--env must be live or test"),
         (("credits", "grant", "ada", "5", "--ends", "2001-01-01"), "--ends must lie in the future"),
         (("credits", "consume", "ada", "5", "--service", "a b"), "--service must have"),
+        (("credits", "grant", "ada", "5", "--ends", "9999-12-31"), "between the years 2000 and 2199"),
+        (("credits", "grant", "ada", "5", "--reference", "upgrade:x"), "Nightmail's own"),
+        (("credits", "consume", "ada", "5", "--reference", "message:x"), "Nightmail's own"),
+        (("credits", "refund", "ada", "--of", "\udcff"), "Invalid `of` field"),
+        (("credits", "list", "--after", "\udcff"), "Invalid `after` field"),
         (("purchase", "create", "ada", "gold"), "there is no plan 'gold'"),
+        (("purchase", "create", "ada", "\udcff"), "there is no plan"),
+        (("purchase", "create", "ada", "pack-1000", "--external-ref", "x" * 256), "at most 255 characters"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_and_one_line(run: Any, arguments: tuple[str, ...], reason: str) -> None:

@@ -30,16 +30,15 @@ ALTER TABLE messages
     ADD COLUMN metered_units bigint NOT NULL DEFAULT 0,
     ADD COLUMN credits bigint NOT NULL DEFAULT 0,
     ADD COLUMN credit_account_id bigint,
-    ADD COLUMN rerated smallint NOT NULL DEFAULT 0,
+    ADD COLUMN rerated integer NOT NULL DEFAULT 0,
     ADD CONSTRAINT messages_rated CHECK (
         credit_units >= 0 AND metered_units >= 0 AND credit_units + metered_units <= units AND credits >= credit_units
         AND (credits > 0) = (credit_units > 0) AND (credit_account_id IS NOT NULL) = (credits > 0)
     ) NOT VALID;
 
 -- Included units taken (reserved or used) in a month, live env: the sum of the org's `included` usage_records, wherever
--- the row exists. One row is enough where the limit is exact, and it must be one: orgs that are refused or pay credits
--- beyond the quota. Metered orgs without a wallet make none: their invoice is max(0, used - quota) however their messages
--- were rated, so they need no lock (docs/decisions/0022-rating.md).
+-- the row exists. Whoever takes included units holds the row: two requests that each counted what is left would both get
+-- it, and what is rated as included is never invoiced. Metered orgs without a wallet leave the row alone once it is full.
 CREATE TABLE usage_quotas (
     org_id uuid NOT NULL,
     channel text COLLATE "C" NOT NULL CHECK (channel IN ('email', 'sms')),
@@ -114,15 +113,12 @@ CREATE FUNCTION nm_quota_lock(p_org_id uuid, p_channel text, p_periods text[], p
 LANGUAGE plpgsql AS $$
 DECLARE
     wallet bigint;
-    is_metered boolean;
 BEGIN
-    SELECT a.id, o.billing = 'metered' INTO wallet, is_metered
+    SELECT a.id INTO wallet
     FROM orgs AS o
-    LEFT JOIN credit_accounts AS a ON a.org_id = o.id AND a.env = 'live' AND a.user_id = o.billing_user
+    JOIN credit_accounts AS a ON a.org_id = o.id AND a.env = 'live' AND a.user_id = o.billing_user
     WHERE o.id = p_org_id;
-    IF NOT (is_metered AND wallet IS NULL) THEN
-        PERFORM nm_quota_open(p_org_id, array_fill(p_channel, ARRAY[cardinality(p_periods)]), p_periods);
-    END IF;
+    PERFORM nm_quota_open(p_org_id, array_fill(p_channel, ARRAY[cardinality(p_periods)]), p_periods);
     PERFORM pg_advisory_xact_lock_shared(1853451636, nm_quota_guard(p_org_id));
     PERFORM FROM usage_quotas AS q
     WHERE q.org_id = p_org_id AND q.channel = p_channel AND q.period = ANY (p_periods)
@@ -172,11 +168,7 @@ BEGIN
         SELECT a.id INTO wallet FROM credit_accounts AS a
         WHERE a.org_id = p_org_id AND a.env = 'live' AND a.user_id = org.billing_user;
     END IF;
-    IF org.billing = 'metered' AND wallet IS NULL THEN
-        PERFORM pg_advisory_xact_lock_shared(1853451636, nm_quota_guard(p_org_id));
-    ELSE
-        PERFORM nm_quota_open(p_org_id, p_channels, p_periods);
-    END IF;
+    PERFORM nm_quota_open(p_org_id, p_channels, p_periods);
 
     FOR month IN
         SELECT k.channel, k.period, sum(k.units)::bigint AS wanted,
@@ -185,13 +177,13 @@ BEGIN
         GROUP BY k.channel, k.period
         ORDER BY k.channel, k.period
     LOOP
-        SELECT q.taken INTO now_taken FROM usage_quotas AS q
-        WHERE q.org_id = p_org_id AND q.channel = month.channel AND q.period = month.period
-        FOR UPDATE;
-        IF NOT FOUND THEN
-            SELECT coalesce(sum(u.reserved + u.used), 0) INTO now_taken FROM usage_records AS u
-            WHERE u.org_id = p_org_id AND u.channel = month.channel AND u.env = 'live' AND u.period = month.period
-              AND u.rating = 'included';
+        -- A full row is left alone where everybody may go on beyond it and no wallet makes them take turns anyway.
+        SELECT q.taken INTO STRICT now_taken FROM usage_quotas AS q
+        WHERE q.org_id = p_org_id AND q.channel = month.channel AND q.period = month.period;
+        IF now_taken < month.quota OR org.billing <> 'metered' OR wallet IS NOT NULL THEN
+            SELECT q.taken INTO STRICT now_taken FROM usage_quotas AS q
+            WHERE q.org_id = p_org_id AND q.channel = month.channel AND q.period = month.period
+            FOR UPDATE;
         END IF;
         free := greatest(month.quota - now_taken, 0);
         IF month.wanted > free THEN

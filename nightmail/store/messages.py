@@ -217,10 +217,25 @@ WHERE message_id = %(message_id)s
 FOR UPDATE
 """
 
+# A call before the last one may have ended in doubt: what the provider is known to have taken is sent, and paid for, as
+# soon as the gate looks (the same evidence as there).
 TAKE = """
-DELETE FROM message_queue
-WHERE message_id = %(message_id)s
-  AND intent_at IS NULL
+DELETE FROM message_queue AS q
+WHERE q.message_id = %(message_id)s
+  AND q.intent_at IS NULL
+  AND NOT (
+      q.takeovers > 0
+      AND EXISTS (
+          SELECT
+          FROM message_events AS e
+          WHERE e.message_id = q.message_id
+            AND e.provider_ref <> ''
+            AND e.kind IN (
+                'accepted', 'delivered', 'delayed', 'bounced', 'complained', 'failed', 'opened', 'clicked',
+                'late_result'
+            )
+      )
+  )
 """
 
 CANCEL = """

@@ -113,22 +113,18 @@ async def test_an_insufficient_wallet_refuses_the_whole_batch_and_changes_nothin
         await till.check()
 
 
-async def test_metered_orgs_without_a_wallet_take_no_lock_and_count_what_is_beyond(database_url: str) -> None:
+async def test_32_at_once_of_a_metered_org_without_a_wallet_get_the_included_units_once(database_url: str) -> None:
     async with open_till(database_url, "metered") as till:
-        for _ in range(4):
-            await till.accept(4)
-        assert (till.usage(), till.taken()) == ({"included": (10, 0), "metered": (6, 0)}, [])
-        # With a wallet the quota row begins as what was taken before, however it ended.
-        await till.finish(*[row[0] for row in till.ask("SELECT id FROM messages ORDER BY id LIMIT 1")])
-        await till.give(3)
-        last = await till.accept(2)
-        assert (till.split(last), till.taken()) == (Split(0, 1, 1), [10])
+        assert set(await asyncio.gather(*(till.offer(new_message(9)) for _ in range(32)))) == {"accepted"}
+        assert (till.usage(), till.taken()) == ({"included": (10, 0), "metered": (278, 0)}, [10])
+        # What is full is nobody's to wait for.
+        async with till.database.connection() as conn, conn.transaction():
+            await conn.execute("SELECT FROM usage_quotas FOR UPDATE")
+            assert till.split(await till.accept(4)) == Split(0, 0, 4)
         await till.check()
 
 
-async def test_a_row_made_while_messages_are_accepted_and_canceled_without_it_counts_them_all(
-    database_url: str,
-) -> None:
+async def test_a_wallet_that_comes_while_messages_are_accepted_and_canceled_changes_no_count(database_url: str) -> None:
     async with open_till(database_url, "metered", "hundred") as till:
 
         async def one(number: int) -> None:
@@ -262,6 +258,18 @@ async def end_evidenced_at_the_gate(till: Till, message: Any) -> int:
     return 6
 
 
+async def end_taken_before_it_was_canceled(till: Till, message: Any) -> int:
+    await till.finish(message, kind="in_doubt")
+    till.tell("UPDATE message_queue SET due_at = nm_now() WHERE message_id = %s", message)
+    await till.finish(message, kind="retry")
+    async with till.database.connection() as conn:
+        await apply(conn, said.ses("Send", message, {}))
+        where: dict[str, Any] = {"org_id": till.org_id, "env": "live", "channel": "email", "message_id": message}
+        assert await cancel_message(conn, **where) == "already_sending"
+    assert await till.begin(message) == []
+    return 6
+
+
 async def suppress(till: Till, count: int) -> None:
     async with till.database.connection() as conn:
         await add_suppressions(
@@ -285,6 +293,7 @@ async def release(till: Till, message: Any, action: Any) -> None:
 ENDS = (
     end_sent, end_partly_refused, end_partly_suppressed, end_suppressed, end_failed, end_retried, end_exhausted,
     end_canceled, end_marked_sent, end_given_up, end_sent_again, end_evidenced, end_evidenced_at_the_gate,
+    end_taken_before_it_was_canceled,
 )  # fmt: skip
 
 
@@ -363,6 +372,15 @@ async def test_a_move_to_a_full_month_is_refused_and_changes_nothing(database_ur
         assert till.ask("SELECT due_at FROM message_queue WHERE message_id = %s", message) == before
         assert till.taken() == [9, 2]
         await till.check()
+
+
+async def test_a_message_may_be_moved_for_ever(database_url: str) -> None:
+    async with open_till(database_url, "prepaid", "none", credits=9) as till:
+        message = await till.accept(3, at=NEXT)
+        till.tell("UPDATE messages SET rerated = 32767")
+        till.tell("UPDATE credit_reservations SET reference = reference || '/32767'")
+        assert await move(till, message, AFTER) == "done"
+        assert (till.wallet(), till.split(message)) == ((0, 9, 0), Split(0, 3))
 
 
 # ── all of it at once ──

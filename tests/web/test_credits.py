@@ -119,6 +119,33 @@ def test_refunds_add_up_to_what_was_spent(server: Server, org: Org) -> None:
     assert server.call("GET", "/credits/ada", org.live_key).json()["balance"] == 100
 
 
+def test_what_nightmail_reserves_and_gives_itself_is_nobody_elses_to_name(server: Server, org: Org) -> None:
+    """An org must not get back what its message holds, nor take the reference of what it will be given."""
+    given = server.call("POST", f"/credits/billing/grant?org={org.id}", ADMIN_TOKEN, {"amount": 9, "reference_id": "g"})
+    assert given.ok
+    change = {"billing": "prepaid", "plan": "free"}
+    assert server.call("PATCH", f"/orgs/{org.id}", ADMIN_TOKEN, change).ok
+    server.rows(
+        "INSERT INTO usage_quotas SELECT %s, 'email', to_char(nm_now() + make_interval(months => n), 'YYYY-MM'), 3000"
+        " FROM generate_series(-1, 1) AS n",
+        org.id,
+    )
+    email = {"from": "a@b.test", "to": "c@d.test", "subject": "s", "text": "t", "scheduled_at": "in 1 minute"}
+    sent = server.call("POST", "/emails", org.live_key, email)
+    name = f"message:{sent.json()['id']}"
+    assert server.rows("SELECT amount::int FROM credit_reservations WHERE reference = %s", name) == [(1,)]
+    for verb in ("consume", "reserve", "capture", "release"):
+        fields = {"amount": 1} if verb in ("consume", "reserve") else {}
+        assert spend(server, org, name, verb, user="billing", **fields).status_code == 422, verb
+    # It is not captured yet, so that nothing says what it was for; a moment later it may be.
+    assert spend(server, org, "back", "refund", user="billing", of=name).json()["name"] == "admin_only"
+    for reference in ("upgrade:x", "trial:x", "purchase:x", "grant:x", "stripe:x", "registration"):
+        body = {"amount": 1, "reference_id": reference}
+        assert server.call("POST", f"/credits/ada/grant?org={org.id}", ADMIN_TOKEN, body).status_code == 422
+        body = {"grant": "g", "reason": "r", "reference_id": reference}
+        assert server.call("POST", f"/credits/ada/clawback?org={org.id}", ADMIN_TOKEN, body).status_code == 422
+
+
 def test_history_and_explanation(server: Server, org: Org) -> None:
     give(server, org, 50, "g", reason="registration bonus")
     give(server, org, 30, "h", source="purchase")

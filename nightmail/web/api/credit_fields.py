@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from nightmail.rules.credits import MAX_AMOUNT
+from nightmail.store.credit_accounts import REGISTRATION
 from nightmail.store.credits import DoesNotFit, NotFound, OtherBody, Settled, TooMuch, Wallet
 from nightmail.store.orgs import get_org
 from nightmail.web.operation import Call
@@ -19,6 +20,8 @@ from nightmail.web.problems import Problem, invalid, missing_field, not_found
 MESSAGE_SERVICES = frozenset({"email", "sms"})
 # What a message reserves, and its end captures or releases: nobody else may.
 MESSAGE_REFERENCES = "message:"
+# Of what Nightmail gives and takes back by itself: taken by somebody else, it could not be given when its time comes.
+OWN_REFERENCES = (MESSAGE_REFERENCES, "grant:", "purchase:", "trial:", "upgrade:", "stripe:")
 
 Amount = Annotated[int, Meta(ge=1, le=MAX_AMOUNT, description="Credits.")]
 Reference = Annotated[str, Meta(min_length=1, max_length=256, description="Your id for this; the same one again "
@@ -74,9 +77,12 @@ def read_reference(text: str, name: str = "reference_id") -> str:
 
 
 def read_own_reference(text: str) -> str:
-    """Return the reference of a spend of the caller's own. Raises Problem (422): those of messages are Nightmail's."""
-    if text.startswith(MESSAGE_REFERENCES):
-        raise invalid(f"Invalid `reference_id` field: must not begin with `{MESSAGE_REFERENCES}`.")
+    """Return a reference of the caller's own. Raises Problem (422): some are Nightmail's own."""
+    if text == REGISTRATION:
+        raise invalid(f"Invalid `reference_id` field: `{text}` is Nightmail's own.")
+    for prefix in OWN_REFERENCES:
+        if text.startswith(prefix):
+            raise invalid(f"Invalid `reference_id` field: what begins with `{prefix}` is Nightmail's own.")
     return read_reference(text)
 
 

@@ -18,11 +18,13 @@ from nightmail.store.credit_grants import NewGrant
 from nightmail.store.credits import Done
 from nightmail.store.database import Connection
 from nightmail.web.api.credit_fields import (
+    MESSAGE_REFERENCES,
     MESSAGE_SERVICES,
     Amount,
     Owner,
     Reason,
     Reference,
+    read_own_reference,
     read_reason,
     read_reference,
     read_time,
@@ -89,7 +91,7 @@ class ClawedBack(msgspec.Struct, kw_only=True):
 async def grant_credits(call: Call[GrantCredits]) -> Reply:
     """Give credits to a user."""
     body = call.body
-    reference, reason = read_reference(body.reference_id), read_reason(body.reason)
+    reference, reason = read_own_reference(body.reference_id), read_reason(body.reason)
     ends = read_time(body.expires_at, "expires_at")
     if ends is not None and ends <= clock.now():
         raise invalid("Invalid `expires_at` field: must lie in the future.")
@@ -102,11 +104,17 @@ async def grant_credits(call: Call[GrantCredits]) -> Reply:
 async def refund_credits(call: Call[RefundCredits]) -> Reply:
     """Give back what a spend took."""
     body = call.body
-    reference, of, reason = read_reference(body.reference_id), read_reference(body.of, "of"), read_reason(body.reason)
+    reference, of, reason = (
+        read_own_reference(body.reference_id),
+        read_reference(body.of, "of"),
+        read_reason(body.reason),
+    )
     wallet = await wallet_of(call)
 
     async def step(conn: Connection) -> Any:
-        if call.caller is not None and await store.service_of(conn, wallet, of) in MESSAGE_SERVICES:
+        # By its name too: a message that is only reserved now may be captured, and refunded, a moment later.
+        is_message = of.startswith(MESSAGE_REFERENCES) or await store.service_of(conn, wallet, of) in MESSAGE_SERVICES
+        if call.caller is not None and is_message:
             raise Problem(403, "admin_only", "What a message cost is refunded by the operator only.")
         return await store.refund(conn, wallet, reference=reference, of=of, amount=body.amount, reason=reason)
 
@@ -116,7 +124,7 @@ async def refund_credits(call: Call[RefundCredits]) -> Reply:
 async def claw_back_credits(call: Call[ClawBack]) -> Reply:
     """Take back what is left of a batch."""
     body = call.body
-    reference, reason = read_reference(body.reference_id), read_reason(body.reason)
+    reference, reason = read_own_reference(body.reference_id), read_reason(body.reason)
     if (body.batch_id is None) == (body.grant is None):
         raise missing_field("batch_id") if body.batch_id is None else invalid("Use either `batch_id` or `grant`.")
     grant = read_reference(body.grant, "grant") if body.grant is not None else None
