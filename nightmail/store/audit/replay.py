@@ -2,7 +2,8 @@
 
 The order of a wallet is that of its transactions' times, which are read under the wallet's lock. What a spend took is
 in its entries; what a reservation took is in its answer, because the rows of credit_reservations go when it is settled.
-A clawback brings the end of a batch forward to its own time, so the end it has now judges what was before too.
+A clawback brings the end of a batch forward to its own time, so the end it has now judges what was before too. But not
+in which order: that went by the end it had before, which the clawback's answer keeps.
 
 The transactions are streamed; held in memory are the batches of the chunk's wallets, about half a KB each.
 """
@@ -43,13 +44,14 @@ class Step:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch as it is stored, and what the replay has made of it."""
+    """A batch as it is stored, and what the replay has made of it; `former_end` is the end by which it was in order."""
 
     id: UUID
     account_id: int
     priority: int
     issued_at: datetime
     expires_at: datetime
+    former_end: datetime
     stored: tuple[int, int, int, int]
     remaining: int = 0
     reserved: int = 0
@@ -60,7 +62,7 @@ class Batch:
     @property
     def order(self) -> Order:
         """Return the batch's place among those that are spent."""
-        return self.priority, self.expires_at, self.issued_at, self.id.bytes
+        return self.priority, self.former_end, self.issued_at, self.id.bytes
 
     @property
     def is_as_stored(self) -> bool:
@@ -206,11 +208,25 @@ WHERE b.account_id = ANY (%(keys)s::bigint[])
 """
 
 
+# What was taken back twice had its own end before the first time.
+FORMER_ENDS = """
+SELECT DISTINCT ON (corrects) corrects, (answer ->> 'former_end')::timestamptz
+FROM credit_transactions
+WHERE account_id = ANY (%(keys)s::bigint[])
+  AND kind = 'clawback'
+  AND reference IS NOT NULL
+ORDER BY corrects, created_at, id
+"""
+
+
 async def _batches(conn: Connection, account_ids: Sequence[int]) -> dict[int, dict[UUID, Batch]]:
     found: dict[int, dict[UUID, Batch]] = {}
-    cursor = await conn.execute(BATCHES, {"keys": list(account_ids)})
+    arguments = {"keys": list(account_ids)}
+    former = dict(await (await conn.execute(FORMER_ENDS, arguments)).fetchall())
+    cursor = await conn.execute(BATCHES, arguments)
     async for id, account_id, priority, issued_at, expires_at, *stored in cursor:
-        batch = Batch(id, account_id, priority, issued_at, expires_at or NEVER, tuple(stored))
+        former_end = former.get(id, expires_at) or NEVER
+        batch = Batch(id, account_id, priority, issued_at, expires_at or NEVER, former_end, tuple(stored))
         found.setdefault(account_id, {})[id] = batch
     return found
 
