@@ -613,7 +613,8 @@ BEGIN
 END $$;
 
 -- Take back what is left (at most p_amount) of a batch: a grant made by mistake, a payment that was refunded. What is
--- reserved keeps its right; what is released of it later goes to expiry, because the batch ends now.
+-- reserved keeps its right; what is released of it later goes to expiry, because the batch ends now. The answer keeps the
+-- end it had, by which it was spent until then.
 --   outcome  done, replayed, other_body, not_found
 CREATE FUNCTION nm_credit_claw_back(
     p_org_id uuid, p_env text, p_user_id text, p_reference text, p_fingerprint bytea, p_batch_id uuid, p_amount bigint,
@@ -652,7 +653,8 @@ BEGIN
     outcome := 'done';
     answer := jsonb_build_object(
         'reference_id', p_reference, 'batch_id', p_batch_id, 'amount', taken, 'reserved', batch.reserved,
-        'gone', batch.consumed + batch.expired
+        'gone', batch.consumed + batch.expired, 'former_end',
+        to_char(batch.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
     );
     INSERT INTO credit_transactions (
         id, account_id, kind, reference, fingerprint, amount, corrects, reason, answer, created_at

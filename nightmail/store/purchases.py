@@ -293,10 +293,17 @@ async def set_status(
             if found.ends_at is not None and found.ends_at <= at:
                 resumed = replace(resumed, next_period=max(found.next_period, last_period(found.anchor, at)))
             return await _change(conn, resumed, plan, status, actor)
-        if ends_at is None:
-            billed_from = found.billed_from or found.anchor
-            ends_at = billing_end(billed_from, plan.interval_months, at) if at_period_end else at
+        ends_at = ends_at or _end_of(found, plan, at, at_period_end=at_period_end)
         return await _change(conn, replace(found, ends_at=ends_at), plan, status, actor)
+
+
+def _end_of(found: PurchaseView, plan: Plan, at: datetime, *, at_period_end: bool) -> datetime:
+    """Return when a subscription ends that is canceled now; what has ended stays so, and a trial has no paid month."""
+    if found.ends_at is not None and found.ends_at <= at:
+        return found.ends_at
+    if found.status == "trialing":
+        return found.anchor if at_period_end else min(found.anchor, at)
+    return billing_end(found.billed_from or found.anchor, plan.interval_months, at) if at_period_end else at
 
 
 async def change_plan(
@@ -402,6 +409,9 @@ async def _change(
         past_due_days=plan.past_due_days,
         ends_at=wanted.ends_at,
     )
+    if wanted.past_due_at is not None and holds is not None and wanted.next_period == 0:
+        # The days without payment are for those who have paid before: after a trial the first month waits for it.
+        holds = min(holds, wanted.anchor)
     await conn.execute(
         UPDATE,
         {

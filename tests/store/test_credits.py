@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import psycopg
 import pytest
 
 from nightmail.store import credits
-from nightmail.store.credit_grants import GRANT_CHUNK, GRANT_ONE, START
+from nightmail.store.credit_grants import GRANT_CHUNK, GRANT_ONE, START, NewGrant, claw_back, find_batch, grant
 from nightmail.store.credit_history import get_balance
 from nightmail.store.credits import Done, Settlement, Wallet
 from nightmail.store.plans import Plan, put_plan
@@ -173,3 +174,20 @@ async def balance(desk: Office) -> int:
         view = await get_balance(conn, desk.wallet())
     assert view is not None
     return view.balance
+
+
+async def test_the_audit_knows_the_order_in_which_a_batch_stood_before_it_was_taken_back(database_url: str) -> None:
+    """Taking a batch back ends it, which puts it first; what was spent before went by its former end."""
+    async with office(database_url, wallets=1) as desk:
+        at = desk.rows("SELECT now()")[0][0]
+        async with desk.place.database.connection() as conn:
+            for days in (10, 30):
+                new = NewGrant(100, f"g{days}", expires_at=at + timedelta(days=days))
+                assert isinstance(await grant(conn, desk.wallet(), new), Done)
+            await credits.consume(conn, desk.wallet(), amount=5, reference="one")
+            batch_id = await find_batch(conn, desk.wallet(), "g30")
+            assert batch_id is not None
+            for reference in ("back", "again"):
+                await claw_back(conn, desk.wallet(), reference=reference, batch_id=batch_id, reason="mistake")
+            await credits.consume(conn, desk.wallet(), amount=5, reference="two")
+        assert await desk.violations() == {}

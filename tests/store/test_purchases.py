@@ -167,3 +167,34 @@ async def test_a_balance_that_would_not_fit_is_one_failed_month_and_no_more(data
         counts = (await desk.run("credits-grant")).counts
         assert (counts["successful"], counts["failed"]) == (2, 1)
         assert await desk.violations() == {}
+
+
+async def test_what_has_ended_stays_ended_when_it_is_canceled_again(database_url: str) -> None:
+    """A late or repeated cancellation would move the end to the interval that runs, and give every month between."""
+    async with office(database_url, wallets=1) as desk:
+        made = await buy(desk, "monthly")
+        async with desk.place.database.connection() as conn:
+            ended = await done(set_status(conn, made.id, "canceled", actor="test"))
+        async with office(database_url, org_id=desk.org_id, clock_offset="100 days") as later:
+            async with later.place.database.connection() as conn:
+                again = await done(set_status(conn, made.id, "canceled", actor="test"))
+                assert (await done(set_status(conn, made.id, "canceled", actor="test", at_period_end=False))) == again
+            assert again.ends_at == ended.ends_at
+            await later.run("credits-grant")
+            assert len(later.rows(MONTHS)[0][0]) == 1, "nobody has paid for more"
+
+
+@pytest.mark.parametrize("status", ["canceled", "past_due"])
+async def test_a_trial_that_nobody_paid_for_gives_no_month_however_it_ends(database_url: str, status: Any) -> None:
+    async with office(database_url, wallets=1) as desk:
+        made = await buy(desk, "yearly", trial_ends_at=now() + timedelta(days=7))
+        async with office(database_url, org_id=desk.org_id, clock_offset="8 days") as later:
+            async with later.place.database.connection() as conn:
+                await done(set_status(conn, made.id, status, actor="test"))
+            assert later.rows(MONTHS) == [(None,)], "the first month waits for the payment"
+            async with later.place.database.connection() as conn:
+                await done(change_plan(conn, made.id, "monthly", actor="test"))
+                await later.run("credits-grant")
+                assert later.rows(MONTHS) == [(None,)]
+                await done(set_status(conn, made.id, "active", actor="test"))
+            assert later.rows(MONTHS) == [([made.anchor],)]

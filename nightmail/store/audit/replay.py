@@ -2,8 +2,8 @@
 
 The order of a wallet is that of its transactions' times, which are read under the wallet's lock. What a spend took is
 in its entries; what a reservation took is in its answer, because the rows of credit_reservations go when it is settled.
-A clawback may end a batch, and so change its place among the others: until then the replay goes by the end in the
-answer of its grant. The grants of the job have no answer: while such a batch holds something, order is not judged.
+A clawback brings the end of a batch forward to its own time, so the end it has now judges what was before too. But not
+in which order: that went by the end it had before, which the clawback's answer keeps.
 
 The transactions are streamed; held in memory are the batches of the chunk's wallets, about half a KB each.
 """
@@ -44,19 +44,15 @@ class Step:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch as it is stored, and what the replay has made of it.
-
-    `ended_at` is when a clawback ended it; until then `expires_at` is as it was granted, unless `is_sure` is False.
-    """
+    """A batch as it is stored, and what the replay has made of it; `former_end` is the end by which it was in order."""
 
     id: UUID
     account_id: int
     priority: int
     issued_at: datetime
     expires_at: datetime
+    former_end: datetime
     stored: tuple[int, int, int, int]
-    ended_at: datetime | None = None
-    is_sure: bool = True
     remaining: int = 0
     reserved: int = 0
     consumed: int = 0
@@ -66,7 +62,7 @@ class Batch:
     @property
     def order(self) -> Order:
         """Return the batch's place among those that are spent."""
-        return self.priority, self.expires_at, self.issued_at, self.id.bytes
+        return self.priority, self.former_end, self.issued_at, self.id.bytes
 
     @property
     def is_as_stored(self) -> bool:
@@ -100,12 +96,7 @@ class Replay:
                 for batch, amount in self._known(step.entries):
                     batch.remaining += amount
                     batch.expired -= amount
-            case "clawback":
-                for batch, amount in self._known(step.entries):
-                    batch.remaining += amount
-                    batch.consumed -= amount
-                self._end(step)
-            case _:  # a grant, a refund, a roll-over from some batches into another
+            case _:  # a grant, a refund, a clawback, a roll-over from some batches into another
                 for batch, amount in self._known(step.entries):
                     self._add(batch, amount)
                     batch.consumed -= min(amount, 0)
@@ -116,8 +107,7 @@ class Replay:
 
     def _spend(self, step: Step, parts: Sequence[Part], *, is_reserve: bool) -> None:
         self.spends += 1
-        is_judged = all(batch.is_sure or batch.remaining == 0 for _, batch in self.open)
-        if is_judged and list(parts) != self._in_order(step.at, sum(amount for _, amount in parts)):
+        if list(parts) != self._in_order(step.at, sum(amount for _, amount in parts)):
             self.wrong_spends.append(step.id)
         for batch, amount in self._known(parts):
             batch.remaining -= amount
@@ -145,15 +135,6 @@ class Replay:
             self.open[place][1].is_open = False
             del self.open[place]
         return taken
-
-    def _end(self, step: Step) -> None:
-        """Give the batch that a clawback ended its new end, and its new place with it."""
-        batch = self.batches.get(step.corrects) if step.corrects else None
-        if batch is None or batch.ended_at != step.at:
-            return
-        self.open = [one for one in self.open if one[1] is not batch]
-        batch.expires_at, batch.is_sure, batch.is_open = batch.ended_at, True, False
-        self._add(batch, 0)
 
     def _add(self, batch: Batch, amount: int) -> None:
         """Give a batch so much to be spent, or take it."""
@@ -209,52 +190,48 @@ def _close(replay: Replay, order: Tally, result: Tally) -> None:
     result.add(Tally(len(replay.batches), len(broken), [Offender(id, key) for id in broken]))
 
 
-# The wallets' batches: those their entries name, and open ones that should have some. A batch has the id of its grant.
-# LIMIT keeps the look for a clawback a probe of the index: EXISTS became a hash of the whole table.
+# The wallets' batches: those their entries name, and open ones that should have entries.
 BATCHES = """
-SELECT b.id, b.account_id, b.priority, b.issued_at, b.expires_at,
-       ended.is_ended IS TRUE,
-       g.answer ? 'expires_at', (g.answer ->> 'expires_at')::timestamptz,
-       b.remaining, b.reserved, b.consumed, b.expired
-FROM (
-    SELECT b.*
-    FROM credit_batches AS b
-    WHERE b.id = ANY (ARRAY(
-        SELECT DISTINCT batch_id
-        FROM credit_entries
-        WHERE account_id = ANY (%(keys)s::bigint[])
-          AND seq IS NOT NULL
-    ))
-    UNION
-    SELECT b.*
-    FROM credit_batches AS b
-    WHERE b.account_id = ANY (%(keys)s::bigint[])
-      AND b.is_open
-) AS b
-LEFT JOIN credit_transactions AS g ON g.id = b.id
-LEFT JOIN LATERAL (
-    SELECT true AS is_ended
-    FROM credit_transactions AS t
-    WHERE t.corrects = b.id AND t.kind = 'clawback' AND t.created_at = b.expires_at
-    LIMIT 1
-) AS ended ON true
+SELECT b.id, b.account_id, b.priority, b.issued_at, b.expires_at, b.remaining, b.reserved, b.consumed, b.expired
+FROM credit_batches AS b
+WHERE b.id = ANY (ARRAY(
+    SELECT DISTINCT batch_id
+    FROM credit_entries
+    WHERE account_id = ANY (%(keys)s::bigint[])
+      AND seq IS NOT NULL
+))
+UNION
+SELECT b.id, b.account_id, b.priority, b.issued_at, b.expires_at, b.remaining, b.reserved, b.consumed, b.expired
+FROM credit_batches AS b
+WHERE b.account_id = ANY (%(keys)s::bigint[])
+  AND b.is_open
+"""
+
+
+# What was taken back twice had its own end before the first time.
+FORMER_ENDS = """
+SELECT DISTINCT ON (corrects) corrects, (answer ->> 'former_end')::timestamptz
+FROM credit_transactions
+WHERE account_id = ANY (%(keys)s::bigint[])
+  AND kind = 'clawback'
+  AND reference IS NOT NULL
+ORDER BY corrects, created_at, id
 """
 
 
 async def _batches(conn: Connection, account_ids: Sequence[int]) -> dict[int, dict[UUID, Batch]]:
     found: dict[int, dict[UUID, Batch]] = {}
-    cursor = await conn.execute(BATCHES, {"keys": list(account_ids)})
-    async for id, account_id, priority, issued_at, expires_at, was_ended, is_told, granted_until, *stored in cursor:
-        batch = Batch(id, account_id, priority, issued_at, expires_at or NEVER, tuple(stored))
-        if was_ended:
-            batch.ended_at = expires_at
-            batch.is_sure = bool(is_told)
-            batch.expires_at = (granted_until or NEVER) if is_told else expires_at
+    arguments = {"keys": list(account_ids)}
+    former = dict(await (await conn.execute(FORMER_ENDS, arguments)).fetchall())
+    cursor = await conn.execute(BATCHES, arguments)
+    async for id, account_id, priority, issued_at, expires_at, *stored in cursor:
+        former_end = former.get(id, expires_at) or NEVER
+        batch = Batch(id, account_id, priority, issued_at, expires_at or NEVER, former_end, tuple(stored))
         found.setdefault(account_id, {})[id] = batch
     return found
 
 
-# Transactions without a movement have a reference: reservations, releases that expired nothing, clawbacks of nothing.
+# Transactions without a movement have a reference: reservations, and releases that expired nothing.
 STEPS = """
 WITH moved AS MATERIALIZED (
     SELECT account_id, transaction_id, array_agg(batch_id ORDER BY seq) AS batch_ids,
@@ -272,7 +249,7 @@ WITH moved AS MATERIALIZED (
     FROM credit_transactions
     WHERE account_id = ANY (%(keys)s::bigint[])
       AND reference IS NOT NULL
-      AND kind IN ('reserve', 'release', 'clawback')
+      AND kind IN ('reserve', 'release')
 )
 SELECT t.account_id, t.id, t.kind, t.created_at, t.corrects, coalesce((t.answer ->> 'captured')::bigint, 0),
        m.batch_ids, m.amounts, CASE WHEN t.kind = 'reserve' THEN t.answer -> 'batches' END
