@@ -122,6 +122,38 @@ async def _spend(
     return Done(answer, outcome == "replayed")
 
 
+DONE_BEFORE = """
+SELECT t.answer
+FROM credit_transactions AS t
+JOIN credit_accounts AS a ON a.id = t.account_id
+WHERE a.org_id = %(org_id)s
+  AND a.env = %(env)s
+  AND a.user_id = %(user_id)s
+  AND t.kind = %(kind)s
+  AND t.reference = %(reference)s
+  AND t.fingerprint = %(fingerprint)s
+"""
+
+
+async def find_spend(
+    conn: Connection, wallet: Wallet, *, kind: Literal["consume", "reserve"], reference: str, request: bytes
+) -> Done | None:
+    """Return the answer that this very request got before, None when it is new."""
+    cursor = await conn.execute(
+        DONE_BEFORE,
+        {
+            "org_id": wallet.org_id,
+            "env": wallet.env,
+            "user_id": wallet.user_id,
+            "kind": kind,
+            "reference": reference,
+            "fingerprint": request,
+        },
+    )
+    row = await cursor.fetchone()
+    return Done(row[0], is_replay=True) if row else None
+
+
 CLOSE = """
 SELECT outcome, answer
 FROM nm_credit_close(

@@ -217,26 +217,34 @@ WHERE message_id = %(message_id)s
 FOR UPDATE
 """
 
+TAKE = """
+DELETE FROM message_queue
+WHERE message_id = %(message_id)s
+  AND intent_at IS NULL
+"""
+
 # A call before the last one may have ended in doubt: what the provider is known to have taken is sent, and paid for, as
 # soon as the gate looks (the same evidence as there).
-TAKE = """
-DELETE FROM message_queue AS q
-WHERE q.message_id = %(message_id)s
-  AND q.intent_at IS NULL
-  AND NOT (
-      q.takeovers > 0
-      AND EXISTS (
-          SELECT
-          FROM message_events AS e
-          WHERE e.message_id = q.message_id
-            AND e.provider_ref <> ''
-            AND e.kind IN (
-                'accepted', 'delivered', 'delayed', 'bounced', 'complained', 'failed', 'opened', 'clicked',
-                'late_result'
-            )
+IS_TAKEN = """
+SELECT EXISTS (
+    SELECT
+    FROM message_queue AS q
+    JOIN message_events AS e ON e.message_id = q.message_id
+    WHERE q.message_id = %(message_id)s
+      AND q.takeovers > 0
+      AND e.provider_ref <> ''
+      AND e.kind IN (
+          'accepted', 'delivered', 'delayed', 'bounced', 'complained', 'failed', 'opened', 'clicked', 'late_result'
       )
-  )
+)
 """
+
+
+async def _is_taken(conn: Connection, message_id: UUID) -> bool:
+    """Return whether the provider has a message whose queue row is locked."""
+    row = await (await conn.execute(IS_TAKEN, {"message_id": message_id})).fetchone()
+    return bool(row and row[0])
+
 
 CANCEL = """
 WITH canceled AS (
@@ -261,7 +269,7 @@ async def cancel_message(conn: Connection, *, org_id: UUID, env: str, channel: s
         found = await get_message(conn, **arguments)
         if found is None or found.state != "scheduled":
             return _why_not(found)
-        if (await conn.execute(TAKE, arguments)).rowcount == 0:
+        if await _is_taken(conn, message_id) or (await conn.execute(TAKE, arguments)).rowcount == 0:
             return "already_sending"
         is_fact = (await conn.execute(CANCEL, arguments)).rowcount == 1
         await settle_messages(conn, [Ended(await read_rated(conn, message_id), 0)], shard=message_id.int)
@@ -314,6 +322,8 @@ async def reschedule_message(
         if found is None or found.state != "scheduled":
             answer = _why_not(found)
             return "finished" if answer == "done" else answer
+        if await _is_taken(conn, message_id):
+            return "already_sending"
         rated = await read_rated(conn, message_id)
         cursor = await conn.execute(RESCHEDULE, arguments)
         row = await cursor.fetchone()

@@ -265,6 +265,7 @@ async def end_taken_before_it_was_canceled(till: Till, message: Any) -> int:
     async with till.database.connection() as conn:
         await apply(conn, said.ses("Send", message, {}))
         where: dict[str, Any] = {"org_id": till.org_id, "env": "live", "channel": "email", "message_id": message}
+        assert await reschedule_message(conn, **where, scheduled_at=AFTER) == "already_sending"
         assert await cancel_message(conn, **where) == "already_sending"
     assert await till.begin(message) == []
     return 6

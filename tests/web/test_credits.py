@@ -84,6 +84,9 @@ def test_services_have_prices_and_a_repeated_request_keeps_its_price(server: Ser
     assert server.call("GET", "/credit-prices", org.test_key).json()["data"] == []
     assert server.call("DELETE", "/credit-prices/render", org.live_key).json()["deleted"] is True
     assert server.call("DELETE", "/credit-prices/render", org.live_key).status_code == 404
+    gone = spend(server, org, "one", service="render", quantity=2)
+    assert (gone.json(), gone.headers.get("idempotent-replayed")) == (first.json(), "true"), "it was spent all the same"
+    assert spend(server, org, "one", "reserve", service="render", quantity=2).status_code == 422
     assert spend(server, org, "four", service="email", amount=1).status_code == 422
 
 

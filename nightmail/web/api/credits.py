@@ -7,7 +7,7 @@ credit_grants), so that an org key may do all of it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -40,7 +40,7 @@ from nightmail.web.api.credit_items import (
 )
 from nightmail.web.operation import Call, Operation, PathKind, Reply
 from nightmail.web.paging import ListOf
-from nightmail.web.problems import invalid, missing_field, not_found
+from nightmail.web.problems import Problem, invalid, missing_field, not_found
 
 # More movements than any wallet will have; a double holds it exactly.
 MAX_SEQ = 10**15
@@ -111,15 +111,17 @@ async def change_credits(call: Call[ChangeCredits]) -> Reply:
 
 async def consume_credits(call: Call[Spend]) -> Reply:
     """Spend credits."""
-    return await _spend(call, credits.consume)
+    return await _spend(call, "consume", credits.consume)
 
 
 async def reserve_credits(call: Call[Spend]) -> Reply:
     """Set credits aside, to be captured or released."""
-    return await _spend(call, credits.reserve)
+    return await _spend(call, "reserve", credits.reserve)
 
 
-async def _spend(call: Call[Spend], operation: Callable[..., Awaitable[Any]]) -> Reply:
+async def _spend(
+    call: Call[Spend], kind: Literal["consume", "reserve"], operation: Callable[..., Awaitable[Any]]
+) -> Reply:
     body = call.body
     reference = read_own_reference(body.reference_id)
     wallet = await wallet_of(call)
@@ -133,7 +135,14 @@ async def _spend(call: Call[Spend], operation: Callable[..., Awaitable[Any]]) ->
     request = fingerprint(body.amount, body.service, body.quantity)
 
     async def step(conn: Connection) -> Any:
-        amount = body.amount or await _price(conn, wallet, body)
+        try:
+            amount = body.amount or await _price(conn, wallet, body)
+        except Problem:
+            # The price is gone, and what was spent while there was one is spent: its request must not look refused.
+            before = await credits.find_spend(conn, wallet, kind=kind, reference=reference, request=request)
+            if before is not None:
+                return before
+            raise
         service = body.service or UNNAMED_SERVICE
         return await operation(conn, wallet, amount=amount, reference=reference, service=service, request=request)
 
