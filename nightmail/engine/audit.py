@@ -46,11 +46,12 @@ STATEMENT_S = 25.0
 LEASE_S = 120.0
 # For transactions that have read the time and not yet written anything.
 MARGIN_S = 1.0
-# Wallets or messages that a span of time should bring: more halves the next span, fewer doubles it.
+# Wallets or messages that a span of time may bring. One that brings more is halved before anything is checked: a mark
+# moves after a whole span only, so that what is too much for one pass would be begun anew by each.
 WANTED = 2000
 FIRST_SPAN = timedelta(minutes=1)
 LONGEST_SPAN = timedelta(hours=6)
-SHORTEST_SPAN = timedelta(seconds=1)
+SHORTEST_SPAN = timedelta(milliseconds=1)
 # A moment that is looked at again.
 MOMENT = timedelta(milliseconds=1)
 BY_NAME = {invariant.name: invariant for invariant in INVARIANTS}
@@ -171,6 +172,9 @@ class Auditor:
         while start < horizon and not self._is_over:
             end = min(start + span, horizon)
             keys = await self._changed(scope, start, end)
+            if len(keys) > WANTED and span > SHORTEST_SPAN:
+                span = max(min(span, end - start) / 2, SHORTEST_SPAN)
+                continue
             fresh = [key for key in keys if key not in done.seen]
             for first in range(0, len(fresh), SIZE[scope]):
                 part = fresh[first : first + SIZE[scope]]
@@ -183,7 +187,7 @@ class Auditor:
                 await self._check(done, Chunk("written", start=start, end=end))
             await self._record({}, scope=scope, audited_to=end)
             start = end
-            span = max(span / 2, SHORTEST_SPAN) if len(keys) > WANTED else min(span * 2, LONGEST_SPAN)
+            span = span if len(keys) > WANTED / 2 else min(span * 2, LONGEST_SPAN)
 
     async def _changed(self, scope: Scope, start: datetime, end: datetime) -> Sequence[Any]:
         if scope == "accounts":

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from nightmail.engine import audit as engine_audit
 from nightmail.engine.audit import Auditor, Pass
 from nightmail.engine.scheduler import Scheduler
 from nightmail.engine.tick import Ticker
@@ -169,6 +170,43 @@ async def test_a_pass_without_time_gives_the_turn_back_and_the_next_goes_on(data
         again = await one.audit_if_due(margin_s=0)
     assert again is not None
     assert (again.is_done, again.accounts) == (True, 2)
+
+
+async def test_a_pass_moves_on_however_much_one_minute_has_brought(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mark moves after a whole span: what is too much for one pass would be begun anew by each."""
+    monkeypatch.setattr(engine_audit, "WANTED", 4)
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        seed_wallets(conn, 30)
+        for number in range(1, 31):
+            conn.execute(
+                "SELECT nm_credit_grant('grant', org_id, env, user_id, 'g', '', 5, 'bonus', 1::smallint, NULL, NULL,"
+                " 'system:grant', NULL, NULL, NULL, NULL) FROM credit_accounts ORDER BY id LIMIT 1 OFFSET %s",
+                (number - 1,),
+            )
+    seen = []
+    for _ in range(40):
+        async with auditor(database_url) as one:
+            stop_after_a_span(one, monkeypatch)
+            done = await one.audit_if_due(margin_s=0, is_early=True)
+        assert done is not None
+        seen.append(done.accounts)
+        if done.is_done:
+            break
+    assert (sum(seen), max(seen) <= 8, seen[0] > 0) == (30, True, True), seen
+
+
+def stop_after_a_span(one: Auditor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pass's time be over as soon as it has checked wallets."""
+    check = one._check
+
+    async def check_and_stop(done: Pass, chunk: Chunk) -> Any:
+        if chunk.scope == "accounts":
+            one._until = 0.0
+        return await check(done, chunk)
+
+    monkeypatch.setattr(one, "_check", check_and_stop)
 
 
 async def test_an_alert_is_open_while_a_finding_is(database_url: str) -> None:
