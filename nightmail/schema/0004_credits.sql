@@ -558,6 +558,7 @@ END $$;
 -- it was taken from, which is spent as early and ends when that one does, because credits must not live longer for having
 -- been spent together with others. A batch that is about to end, or has, is made up for by p_least_days, once: not when it
 -- was given by a refund itself, nor when it was taken back. The first transaction has the reference and the whole answer.
+-- They stay credits of their purchase, so that they can be taken back with it when its payment is undone.
 --   outcome  done, replayed, other_body, not_found, too_much (answer: what may be refunded)
 CREATE FUNCTION nm_credit_refund(
     p_org_id uuid, p_env text, p_user_id text, p_reference text, p_fingerprint bytea, p_of text, p_amount bigint,
@@ -609,7 +610,7 @@ BEGIN
     FOR part IN
         SELECT taken.*
         FROM (
-            SELECT b.priority, l.line,
+            SELECT b.priority, b.purchase_id, b.period_start, l.line,
                    CASE WHEN b.source = 'refund' OR EXISTS (
                             SELECT FROM credit_transactions AS t WHERE t.corrects = b.id AND t.kind = 'clawback'
                         ) THEN b.expires_at
@@ -635,7 +636,7 @@ BEGIN
             'refund', p_org_id, p_env, p_user_id, CASE WHEN answer IS NULL THEN p_reference END, p_fingerprint,
             part.amount, 'refund', part.priority, NULL, part.expires_at,
             (SELECT e.account FROM credit_entries AS e WHERE e.transaction_id = spent.id AND e.account LIKE 'service:%'),
-            p_reason, spent.id, NULL, NULL, wanted
+            p_reason, spent.id, part.purchase_id, part.period_start, wanted
         ) AS g;
         outcome := given.outcome;
         answer := coalesce(answer, given.answer);

@@ -253,3 +253,21 @@ async def test_a_refund_makes_up_for_an_end_once_and_not_for_what_was_taken_back
                 assert view is not None
                 assert view.balance == 0, "the payment was undone"
             assert await later.violations() == {}
+
+
+async def test_refunded_credits_stay_those_of_their_purchase(database_url: str) -> None:
+    """Otherwise what was bought, spent, refunded to the wallet and then paid back would be had for nothing."""
+    async with office(database_url, wallets=1) as desk:
+        async with desk.place.database.connection() as conn:
+            for plan in ("pack-1000", "monthly"):
+                assert isinstance(
+                    await create_purchase(conn, desk.wallet(), NewPurchase(plan), actor="test"), PurchaseView
+                )
+            await credits.consume(conn, desk.wallet(), amount=2000, reference="all")
+            await refund(conn, desk.wallet(), reference="back", of="all")
+        rows = (
+            "SELECT purchase_id, period_start, sum(granted) FROM credit_batches WHERE source {} 'refund' GROUP BY 1, 2"
+        )
+        given, back = (set(desk.rows(rows.format(sign))) for sign in ("<>", "="))
+        assert (len(given), back) == (2, given)
+        assert await desk.violations() == {}
