@@ -32,6 +32,7 @@ from nightmail.store.audit.marks import (
     list_changed_messages,
     list_open,
     read_horizon,
+    read_lengths,
     record_chunk,
     take_turn,
 )
@@ -49,6 +50,9 @@ MARGIN_S = 1.0
 # Wallets or messages that a span of time may bring. One that brings more is halved before anything is checked: a mark
 # moves after a whole span only, so that what is too much for one pass would be begun anew by each.
 WANTED = 2000
+# Entries of the wallets of a span, likewise: some seconds of work. A wallet that alone has more is named in the log and
+# left to the full audit: a pass that cannot come to the end of it would never look at anything else.
+MOST_ENTRIES = 100_000
 FIRST_SPAN = timedelta(minutes=1)
 LONGEST_SPAN = timedelta(hours=6)
 SHORTEST_SPAN = timedelta(milliseconds=1)
@@ -88,18 +92,18 @@ class Auditor:
 
         Raises DatabaseAway.
         """
-        self._claim_id = new_claim_id()
-        take = partial(take_turn, claim_id=self._claim_id, lease_s=max(LEASE_S, 2 * pass_s), is_early=is_early)
+        # A tick and the scheduler may ask at once: only the one that gets the turn goes by its claim.
+        claim_id = new_claim_id()
+        take = partial(take_turn, claim_id=claim_id, lease_s=max(LEASE_S, 2 * pass_s), is_early=is_early)
         if not await self._database.run(take):
             return None
+        self._claim_id = claim_id
         self._until = monotonic() + pass_s
         done = Pass()
         try:
             await self._work(done, margin_s)
         finally:
-            end = partial(
-                end_turn, claim_id=self._claim_id, is_done=done.is_done, every_s=EVERY_S, checked=done.checked
-            )
+            end = partial(end_turn, claim_id=claim_id, is_done=done.is_done, every_s=EVERY_S, checked=done.checked)
             await self._database.run(end)
         say = self._log.warning if done.violations else self._log.info
         say(
@@ -124,7 +128,8 @@ class Auditor:
                 of_scope[BY_NAME[finding.invariant].scope].append(finding)
         # Those of an older version's invariants can never be met again.
         await self._clear({}, [finding for finding in findings if finding.invariant not in BY_NAME])
-        await self._look_again(done, "accounts", {int(f.key): f for f in of_scope["accounts"]}, of_scope["accounts"])
+        wallets, _ = await self._leave_out({int(finding.key) for finding in of_scope["accounts"]})
+        await self._look_again(done, "accounts", wallets, of_scope["accounts"])
         await self._look_again(done, "messages", {UUID(f.key): f for f in of_scope["messages"]}, of_scope["messages"])
         for finding in of_scope["written"]:
             start = datetime.fromisoformat(finding.key)
@@ -172,7 +177,10 @@ class Auditor:
         while start < horizon and not self._is_over:
             end = min(start + span, horizon)
             keys = await self._changed(scope, start, end)
-            if len(keys) > WANTED and span > SHORTEST_SPAN:
+            entries = 0
+            if scope == "accounts":
+                keys, entries = await self._leave_out(keys)
+            if (len(keys) > WANTED or entries > MOST_ENTRIES) and span > SHORTEST_SPAN:
                 span = max(min(span, end - start) / 2, SHORTEST_SPAN)
                 continue
             fresh = [key for key in keys if key not in done.seen]
@@ -187,7 +195,17 @@ class Auditor:
                 await self._check(done, Chunk("written", start=start, end=end))
             await self._record({}, scope=scope, audited_to=end)
             start = end
-            span = span if len(keys) > WANTED / 2 else min(span * 2, LONGEST_SPAN)
+            is_full = len(keys) > WANTED / 2 or entries > MOST_ENTRIES / 2
+            span = span if is_full else min(span * 2, LONGEST_SPAN)
+
+    async def _leave_out(self, account_ids: Iterable[int]) -> tuple[list[int], int]:
+        """Return the wallets that are not too long to be looked at here, and how many entries they have together."""
+        lengths = await self._database.run(partial(read_lengths, account_ids=sorted(account_ids)))
+        for account_id, entries in lengths.items():
+            if entries > MOST_ENTRIES:
+                self._log.warning("audit.left_out", account_id=account_id, entries=entries)
+        short = {account_id: entries for account_id, entries in lengths.items() if entries <= MOST_ENTRIES}
+        return sorted(short), sum(short.values())
 
     async def _changed(self, scope: Scope, start: datetime, end: datetime) -> Sequence[Any]:
         if scope == "accounts":

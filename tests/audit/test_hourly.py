@@ -143,6 +143,22 @@ async def test_two_ticks_at_once_audit_once_and_an_hour_later_again(database_url
         assert await later.audit_if_due(margin_s=0) is not None
 
 
+async def test_who_asks_during_a_pass_does_not_take_it_from_the_same_process(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with auditor(database_url) as one:
+        work = one._work
+
+        async def ask_and_work(done: Pass, margin_s: float) -> None:
+            assert await one.audit_if_due(margin_s=0) is None
+            await work(done, margin_s)
+
+        monkeypatch.setattr(one, "_work", ask_and_work)
+        assert await one.audit_if_due(margin_s=0) is not None
+    async with auditor(database_url, "59 minutes") as early:
+        assert await early.audit_if_due(margin_s=0) is None, "the turn was given back"
+
+
 async def test_a_holder_that_was_replaced_writes_nothing(database_url: str) -> None:
     books = Books(database_url)
     dead, heir = new_claim_id(), new_claim_id()
@@ -195,6 +211,22 @@ async def test_a_pass_moves_on_however_much_one_minute_has_brought(
         if done.is_done:
             break
     assert (sum(seen), max(seen) <= 8, seen[0] > 0) == (30, True, True), seen
+
+
+async def test_a_wallet_too_long_for_a_pass_is_left_to_the_full_audit(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep every pass from all else; what was found wrong in it stays open."""
+    monkeypatch.setattr(engine_audit, "MOST_ENTRIES", 5)
+    books = await make_books(database_url)
+    [(entries, ada)] = books.ask("SELECT seq, id FROM credit_accounts WHERE user_id = 'ada'")
+    assert entries > 5
+    books.tell("INSERT INTO audit_findings VALUES ('credit_balance', %(id)s::text, %(id)s::text, now(), now())", id=ada)
+    spoil(books, "UPDATE credit_accounts SET balance = balance + 1, seq = 5 WHERE id = %(id)s", id=books.account_id)
+    done = await run_pass(database_url)
+    assert (done.accounts, done.is_done) == (1, True)
+    assert ("credit_balance", str(ada)) in open_findings(books)
+    assert ("credit_balance", str(books.account_id)) in open_findings(books)
 
 
 def stop_after_a_span(one: Auditor, monkeypatch: pytest.MonkeyPatch) -> None:
