@@ -74,6 +74,7 @@ CREATE INDEX credit_batches_expiry ON credit_batches (((expires_at AT TIME ZONE 
 --   reference    the caller's; NULL for what the jobs do, each once by other means (credit_grants, remaining = 0)
 --   fingerprint  of the request: the same reference with another one is refused
 --   corrects     the transaction that this one undoes or settles: refund and clawback, capture and release
+--   nth          given under the account's lock: the order of what happened to it, also when the clock is set back
 CREATE TABLE credit_transactions (
     id uuid PRIMARY KEY,
     account_id bigint NOT NULL,
@@ -86,6 +87,7 @@ CREATE TABLE credit_transactions (
     corrects uuid,
     reason text CHECK (length(reason) <= 500),
     answer jsonb,
+    nth bigint GENERATED ALWAYS AS IDENTITY,
     created_at timestamptz NOT NULL DEFAULT nm_clock()
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.05);
 CREATE UNIQUE INDEX credit_transactions_reference ON credit_transactions (account_id, kind, reference)

@@ -271,3 +271,16 @@ async def test_refunded_credits_stay_those_of_their_purchase(database_url: str) 
         given, back = (set(desk.rows(rows.format(sign))) for sign in ("<>", "="))
         assert (len(given), back) == (2, given)
         assert await desk.violations() == {}
+
+
+async def test_a_clock_that_is_set_back_is_no_false_alarm(database_url: str) -> None:
+    async with office(database_url, wallets=1) as desk:
+        async with desk.place.database.connection() as conn:
+            await grant(conn, desk.wallet(), NewGrant(10, "first"))
+            await credits.reserve(conn, desk.wallet(), amount=4, reference="one")
+        async with office(database_url, org_id=desk.org_id, clock_offset="-2 seconds") as earlier:
+            async with earlier.place.database.connection() as conn:
+                await credits.consume(conn, desk.wallet(), amount=6, reference="two")
+                await grant(conn, desk.wallet(), NewGrant(10, "second"))
+                await credits.capture(conn, desk.wallet(), reference="one")
+        assert await desk.violations() == {}
