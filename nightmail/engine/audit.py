@@ -32,6 +32,7 @@ from nightmail.store.audit.marks import (
     list_changed_messages,
     list_open,
     read_horizon,
+    read_lengths,
     record_chunk,
     take_turn,
 )
@@ -46,11 +47,15 @@ STATEMENT_S = 25.0
 LEASE_S = 120.0
 # For transactions that have read the time and not yet written anything.
 MARGIN_S = 1.0
-# Wallets or messages that a span of time may bring: more halves it, fewer than half of that doubles the next.
+# Wallets or messages that a span of time may bring. One that brings more is halved before anything is checked: a mark
+# moves after a whole span only, so that what is too much for one pass would be begun anew by each.
 WANTED = 2000
+# Entries of the wallets of a span, likewise: some seconds of work. A wallet that alone has more is named in the log and
+# left to the full audit: a pass that cannot come to the end of it would never look at anything else.
+MOST_ENTRIES = 100_000
 FIRST_SPAN = timedelta(minutes=1)
 LONGEST_SPAN = timedelta(hours=6)
-SHORTEST_SPAN = timedelta(milliseconds=20)
+SHORTEST_SPAN = timedelta(milliseconds=1)
 # Findings about what was written are looked at one by one.
 MOST_MOMENTS = 500
 # A moment that is looked at again.
@@ -119,6 +124,7 @@ class Work:
         self._stopping = stopping
         self._claim_id = claim_id
         self._until = until
+        self._log = structlog.get_logger()
 
     @property
     def _is_over(self) -> bool:
@@ -134,7 +140,8 @@ class Work:
                 of_scope[BY_NAME[finding.invariant].scope].append(finding)
         # Those of an older version's invariants can never be met again.
         await self._clear({}, [finding for finding in findings if finding.invariant not in BY_NAME])
-        await self._look_again("accounts", {int(f.key): f for f in of_scope["accounts"]}, of_scope["accounts"])
+        wallets, _ = await self._leave_out({int(finding.key) for finding in of_scope["accounts"]})
+        await self._look_again("accounts", wallets, of_scope["accounts"])
         await self._look_again("messages", {UUID(f.key): f for f in of_scope["messages"]}, of_scope["messages"])
         for finding in of_scope["written"][:MOST_MOMENTS]:
             start = datetime.fromisoformat(finding.key)
@@ -184,8 +191,11 @@ class Work:
         while start < horizon and not self._is_over:
             end = min(start + span, horizon)
             keys = await self._changed(scope, start, end)
-            if len(keys) > WANTED and end - start > SHORTEST_SPAN:
-                span = (end - start) / 2  # so that the mark moves within any time that a pass may have
+            entries = 0
+            if scope == "accounts":
+                keys, entries = await self._leave_out(keys)
+            if (len(keys) > WANTED or entries > MOST_ENTRIES) and end - start > SHORTEST_SPAN:
+                span = max((end - start) / 2, SHORTEST_SPAN)
                 continue
             fresh = [key for key in keys if key not in self.done.seen]
             for first in range(0, len(fresh), SIZE[scope]):
@@ -199,8 +209,17 @@ class Work:
                 await self._check(Chunk("written", start=start, end=end))
             await self._record({}, scope=scope, audited_to=end)
             start = end
-            if len(keys) <= WANTED / 2:
+            if len(keys) <= WANTED / 2 and entries <= MOST_ENTRIES / 2:
                 span = min(span * 2, LONGEST_SPAN)
+
+    async def _leave_out(self, account_ids: Iterable[int]) -> tuple[list[int], int]:
+        """Return the wallets that are not too long to be looked at here, and how many entries they have together."""
+        lengths = await self._database.run(partial(read_lengths, account_ids=sorted(account_ids)))
+        for account_id, entries in lengths.items():
+            if entries > MOST_ENTRIES:
+                self._log.warning("audit.left_out", account_id=account_id, entries=entries)
+        short = {account_id: entries for account_id, entries in lengths.items() if entries <= MOST_ENTRIES}
+        return sorted(short), sum(short.values())
 
     async def _changed(self, scope: Scope, start: datetime, end: datetime) -> Sequence[Any]:
         if scope == "accounts":

@@ -74,6 +74,7 @@ CREATE INDEX credit_batches_expiry ON credit_batches (((expires_at AT TIME ZONE 
 --   reference    the caller's; NULL for what the jobs do, each once by other means (credit_grants, remaining = 0)
 --   fingerprint  of the request: the same reference with another one is refused
 --   corrects     the transaction that this one undoes or settles: refund and clawback, capture and release
+--   nth          given under the account's lock: the order of what happened to it, also when the clock is set back
 CREATE TABLE credit_transactions (
     id uuid PRIMARY KEY,
     account_id bigint NOT NULL,
@@ -86,6 +87,7 @@ CREATE TABLE credit_transactions (
     corrects uuid,
     reason text CHECK (length(reason) <= 500),
     answer jsonb,
+    nth bigint GENERATED ALWAYS AS IDENTITY,
     created_at timestamptz NOT NULL DEFAULT nm_clock()
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.05);
 CREATE UNIQUE INDEX credit_transactions_reference ON credit_transactions (account_id, kind, reference)
@@ -497,11 +499,12 @@ END $$;
 
 -- Give credits as a new batch; makes the account when there is none.
 --   p_counter  where they come from: system:grant, payment:<reference>, or service:<name> for a refund
+--   p_answered what the answer says it gives, where it is a part of that
 --   outcome    done, replayed, other_body, too_much (the balance would not fit)
 CREATE FUNCTION nm_credit_grant(
     p_kind text, p_org_id uuid, p_env text, p_user_id text, p_reference text, p_fingerprint bytea, p_amount bigint,
     p_source text, p_priority smallint, p_issued_at timestamptz, p_expires_at timestamptz, p_counter text, p_reason text,
-    p_corrects uuid, p_purchase_id uuid, p_period_start timestamptz,
+    p_corrects uuid, p_purchase_id uuid, p_period_start timestamptz, p_answered bigint DEFAULT NULL,
     OUT outcome text, OUT answer jsonb, OUT transaction_id uuid
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -532,8 +535,8 @@ BEGIN
     transaction_id := nm_uuid7();
     outcome := 'done';
     answer := jsonb_build_object(
-        'reference_id', p_reference, 'batch_id', transaction_id, 'amount', p_amount, 'source', p_source,
-        'priority', p_priority, 'expires_at',
+        'reference_id', p_reference, 'batch_id', transaction_id, 'amount', coalesce(p_answered, p_amount),
+        'source', p_source, 'priority', p_priority, 'expires_at',
         to_char(p_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
     );
     INSERT INTO credit_batches (
@@ -555,8 +558,11 @@ BEGIN
     UPDATE credit_accounts AS a SET balance = a.balance + p_amount, seq = a.seq + 1 WHERE a.id = held.id;
 END $$;
 
--- Give back (p_amount of it, NULL: what is left) what a consume or a capture took, as a batch of its own that is spent as
--- early as the batches it was taken from and ends when the last of them does, though not before p_least_days.
+-- Give back (p_amount of it, NULL: what is left) what a consume or a capture took, last batch first: a batch for each that
+-- it was taken from, which is spent as early and ends when that one does, because credits must not live longer for having
+-- been spent together with others. A batch that is about to end, or has, is made up for by p_least_days, once: not when it
+-- was given by a refund itself, nor when it was taken back. The first transaction has the reference and the whole answer.
+-- They stay credits of their purchase, so that they can be taken back with it when its payment is undone.
 --   outcome  done, replayed, other_body, not_found, too_much (answer: what may be refunded)
 CREATE FUNCTION nm_credit_refund(
     p_org_id uuid, p_env text, p_user_id text, p_reference text, p_fingerprint bytea, p_of text, p_amount bigint,
@@ -564,52 +570,81 @@ CREATE FUNCTION nm_credit_refund(
     OUT outcome text, OUT answer jsonb
 ) LANGUAGE plpgsql AS $$
 DECLARE
-    held bigint;
+    held credit_accounts;
     past record;
     spent credit_transactions;
-    taken record;
+    part record;
+    given record;
     left_over bigint;
+    wanted bigint;
+    least_end timestamptz;
 BEGIN
     outcome := 'not_found';
-    SELECT a.id INTO held FROM credit_accounts AS a
+    SELECT * INTO held FROM credit_accounts AS a
     WHERE a.org_id = p_org_id AND a.env = p_env AND a.user_id = p_user_id
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RETURN;
     END IF;
     SELECT t.fingerprint, t.answer INTO past FROM credit_transactions AS t
-    WHERE t.account_id = held AND t.kind = 'refund' AND t.reference = p_reference;
+    WHERE t.account_id = held.id AND t.kind = 'refund' AND t.reference = p_reference;
     IF FOUND THEN
         outcome := CASE WHEN past.fingerprint = p_fingerprint THEN 'replayed' ELSE 'other_body' END;
         answer := past.answer;
         RETURN;
     END IF;
     SELECT * INTO spent FROM credit_transactions AS t
-    WHERE t.account_id = held AND t.kind IN ('consume', 'capture') AND t.reference = p_of;
+    WHERE t.account_id = held.id AND t.kind IN ('consume', 'capture') AND t.reference = p_of;
     IF NOT FOUND THEN
         RETURN;
     END IF;
     SELECT spent.amount - coalesce(sum(t.amount), 0) INTO left_over FROM credit_transactions AS t
     WHERE t.corrects = spent.id AND t.kind = 'refund';
-    IF left_over = 0 OR p_amount > left_over THEN
+    wanted := coalesce(p_amount, left_over);
+    IF left_over = 0 OR wanted > left_over THEN
         outcome := 'too_much';
         answer := jsonb_build_object('refundable', left_over);
         RETURN;
     END IF;
-    SELECT min(b.priority) AS priority,
-           CASE WHEN bool_or(b.expires_at IS NULL) THEN NULL
-                ELSE greatest(max(b.expires_at), nm_clock() + make_interval(hours => 24 * p_least_days)) END AS expires_at
-    INTO taken
-    FROM credit_entries AS e
-    JOIN credit_batches AS b ON b.id = e.batch_id
-    WHERE e.transaction_id = spent.id;
-    SELECT g.outcome, g.answer INTO outcome, answer
-    FROM nm_credit_grant(
-        'refund', p_org_id, p_env, p_user_id, p_reference, p_fingerprint, coalesce(p_amount, left_over), 'refund',
-        taken.priority, NULL, taken.expires_at,
-        (SELECT e.account FROM credit_entries AS e WHERE e.transaction_id = spent.id AND e.account LIKE 'service:%'),
-        p_reason, spent.id, NULL, NULL
-    ) AS g;
+    IF held.balance > 9223372036854775807 - wanted THEN
+        outcome := 'too_much';
+        RETURN;
+    END IF;
+    least_end := nm_clock() + make_interval(hours => 24 * p_least_days);
+    FOR part IN
+        SELECT taken.*
+        FROM (
+            SELECT b.priority, b.purchase_id, b.period_start, l.line,
+                   CASE WHEN b.source = 'refund' OR EXISTS (
+                            SELECT FROM credit_transactions AS t WHERE t.corrects = b.id AND t.kind = 'clawback'
+                        ) THEN b.expires_at
+                        WHEN b.expires_at IS NOT NULL THEN greatest(b.expires_at, least_end) END AS expires_at,
+                   -- What of this line lies between what was refunded before and what will have been now.
+                   least(l.so_far, spent.amount - left_over + wanted)
+                       - greatest(l.so_far - l.amount, spent.amount - left_over) AS amount
+            FROM (
+                SELECT e.batch_id, e.line, -e.amount AS amount,
+                       (-sum(e.amount) OVER (ORDER BY e.line DESC))::bigint AS so_far
+                FROM credit_entries AS e
+                WHERE e.transaction_id = spent.id
+                  AND e.account = 'wallet'
+                  AND (spent.kind = 'consume' OR e.line % 2 = 1)  -- the even lines of a capture are what expired
+            ) AS l
+            JOIN credit_batches AS b ON b.id = l.batch_id
+        ) AS taken
+        WHERE taken.amount > 0
+        ORDER BY taken.line DESC
+    LOOP
+        SELECT g.outcome, g.answer INTO given
+        FROM nm_credit_grant(
+            'refund', p_org_id, p_env, p_user_id, CASE WHEN answer IS NULL THEN p_reference END, p_fingerprint,
+            part.amount, 'refund', part.priority, NULL, part.expires_at,
+            (SELECT e.account FROM credit_entries AS e WHERE e.transaction_id = spent.id AND e.account LIKE 'service:%'),
+            p_reason, spent.id, part.purchase_id, part.period_start, wanted
+        ) AS g;
+        outcome := given.outcome;
+        answer := coalesce(answer, given.answer);
+    END LOOP;
 END $$;
 
 -- Take back what is left (at most p_amount) of a batch: a grant made by mistake, a payment that was refunded. What is

@@ -127,6 +127,8 @@ class EntryView:
             return self.reference
         if self.kind == "expire":
             return f"expire:{self.batch_id}"
+        if self.kind == "refund":  # a further batch of one whose first has the reference
+            return f"refund:{self.batch_id}"
         start = f"{self.period_start:%Y-%m-%dT%H:%M:%SZ}" if self.period_start else ""
         return f"{self.kind}:{self.purchase_id}:{start}"
 

@@ -165,6 +165,22 @@ async def test_two_ticks_at_once_audit_once_and_an_hour_later_again(database_url
         assert await later.audit_if_due(margin_s=0) is not None
 
 
+async def test_who_asks_during_a_pass_does_not_take_it_from_the_same_process(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with auditor(database_url) as one:
+        do = Work.do
+
+        async def ask_and_do(work: Work, margin_s: float) -> None:
+            assert await one.audit_if_due(margin_s=0) is None
+            await do(work, margin_s)
+
+        monkeypatch.setattr(Work, "do", ask_and_do)
+        assert await one.audit_if_due(margin_s=0) is not None
+    async with auditor(database_url, "59 minutes") as early:
+        assert await early.audit_if_due(margin_s=0) is None, "the turn was given back"
+
+
 async def test_a_holder_that_was_replaced_writes_nothing(database_url: str) -> None:
     books = Books(database_url)
     dead, heir = new_claim_id(), new_claim_id()
@@ -192,6 +208,59 @@ async def test_a_pass_without_time_gives_the_turn_back_and_the_next_goes_on(data
         again = await one.audit_if_due(margin_s=0)
     assert again is not None
     assert (again.is_done, again.accounts) == (True, 2)
+
+
+async def test_a_pass_moves_on_however_much_one_minute_has_brought(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mark moves after a whole span: what is too much for one pass would be begun anew by each."""
+    monkeypatch.setattr(hourly, "WANTED", 4)
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        seed_wallets(conn, 30)
+        for number in range(1, 31):
+            conn.execute(
+                "SELECT nm_credit_grant('grant', org_id, env, user_id, 'g', '', 5, 'bonus', 1::smallint, NULL, NULL,"
+                " 'system:grant', NULL, NULL, NULL, NULL) FROM credit_accounts ORDER BY id LIMIT 1 OFFSET %s",
+                (number - 1,),
+            )
+    stop_after_a_span(monkeypatch)
+    seen = []
+    for _ in range(40):
+        async with auditor(database_url) as one:
+            done = await one.audit_if_due(margin_s=0, is_early=True)
+        assert done is not None
+        seen.append(done.accounts)
+        if done.is_done:
+            break
+    assert (sum(seen), max(seen) <= 8, seen[0] > 0) == (30, True, True), seen
+
+
+async def test_a_wallet_too_long_for_a_pass_is_left_to_the_full_audit(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep every pass from all else; what was found wrong in it stays open."""
+    monkeypatch.setattr(hourly, "MOST_ENTRIES", 5)
+    books = await make_books(database_url)
+    [(entries, ada)] = books.ask("SELECT seq, id FROM credit_accounts WHERE user_id = 'ada'")
+    assert entries > 5
+    books.tell("INSERT INTO audit_findings VALUES ('credit_balance', %(id)s::text, %(id)s::text, now(), now())", id=ada)
+    spoil(books, "UPDATE credit_accounts SET balance = balance + 1, seq = 5 WHERE id = %(id)s", id=books.account_id)
+    done = await run_pass(database_url)
+    assert (done.accounts, done.is_done) == (1, True)
+    assert ("credit_balance", str(ada)) in open_findings(books)
+    assert ("credit_balance", str(books.account_id)) in open_findings(books)
+
+
+def stop_after_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pass's time be over as soon as it has checked wallets."""
+    check = Work._check
+
+    async def check_and_stop(work: Work, chunk: Chunk) -> Any:
+        if chunk.scope == "accounts":
+            work._until = 0.0
+        return await check(work, chunk)
+
+    monkeypatch.setattr(Work, "_check", check_and_stop)
 
 
 async def test_an_alert_is_open_while_a_finding_is(database_url: str) -> None:

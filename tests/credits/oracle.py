@@ -30,6 +30,7 @@ class Batch:
     purchase: int | None = None
     period: float | None = None
     rolls_over: bool = False
+    was_clawed: bool = False
 
     @property
     def columns(self) -> tuple[Any, ...]:
@@ -189,16 +190,17 @@ class Oracle:
         left = spend.charged - spend.refunded
         if left == 0 or (amount is not None and amount > left):
             return left
-        back = left if amount is None else amount
+        back, before = left if amount is None else amount, spend.refunded
         spend.refunded += back
         self.refunds[reference] = request
-        latest = max(batch.expires for batch, _ in spend.captured)
-        self.add(
-            back,
-            "refund",
-            priority=min(batch.priority for batch, _ in spend.captured),
-            expires=max(latest, self.now + REFUND_DAYS),
-        )
+        for batch, amount in reversed(spend.captured):
+            earlier = min(before, amount)
+            part = min(amount - earlier, back)
+            before, back = before - earlier, back - part
+            is_kept = batch.source == "refund" or batch.was_clawed
+            ends = batch.expires if is_kept else max(batch.expires, self.now + REFUND_DAYS)
+            if part > 0:
+                self.add(part, "refund", priority=batch.priority, expires=ends)
         return "done"
 
     def claw_back(self, reference: str, batch: Batch, amount: int | None) -> str:
@@ -209,6 +211,7 @@ class Oracle:
         take = batch.remaining if amount is None else min(amount, batch.remaining)
         batch.remaining -= take
         batch.consumed += take
+        batch.was_clawed = True
         if amount is None:
             batch.expires = min(batch.expires, self.now)
             batch.rolls_over = False

@@ -10,9 +10,18 @@ import psycopg
 import pytest
 
 from nightmail.store import credits
-from nightmail.store.credit_grants import GRANT_CHUNK, GRANT_ONE, START, NewGrant, claw_back, find_batch, grant
+from nightmail.store.credit_grants import (
+    GRANT_CHUNK,
+    GRANT_ONE,
+    START,
+    NewGrant,
+    claw_back,
+    find_batch,
+    grant,
+    refund,
+)
 from nightmail.store.credit_history import get_balance
-from nightmail.store.credits import Done, Settlement, Wallet
+from nightmail.store.credits import Done, Settlement, TooMuch, Wallet
 from nightmail.store.plans import Plan, put_plan
 from nightmail.store.purchases import NewPurchase, PurchaseView, create_purchase, set_status
 from tests.credits.office import Office, listen, office
@@ -190,4 +199,88 @@ async def test_the_audit_knows_the_order_in_which_a_batch_stood_before_it_was_ta
             for reference in ("back", "again"):
                 await claw_back(conn, desk.wallet(), reference=reference, batch_id=batch_id, reason="mistake")
             await credits.consume(conn, desk.wallet(), amount=5, reference="two")
+        assert await desk.violations() == {}
+
+
+async def batches(desk: Office) -> list[tuple[int, int | None]]:
+    """Return what can be spent: credits, and the days until they end."""
+    return desk.rows(
+        "SELECT sum(remaining)::int, round(extract(epoch FROM expires_at - now()) / 86400)::int AS days"
+        " FROM credit_batches WHERE is_open GROUP BY days ORDER BY days"
+    )
+
+
+async def test_credits_do_not_live_longer_for_having_been_spent_with_others_and_refunded(database_url: str) -> None:
+    async with office(database_url, wallets=1) as desk:
+        wallet, at = desk.wallet(), desk.rows("SELECT now()")[0][0]
+        async with desk.place.database.connection() as conn:
+            await grant(conn, wallet, NewGrant(100, "year", expires_at=at + timedelta(days=365)))
+            await grant(conn, wallet, NewGrant(1, "for ever"))
+            await credits.consume(conn, wallet, amount=101, reference="all")
+            part = await refund(conn, wallet, reference="part", of="all", amount=2)
+            assert isinstance(part, Done)
+            assert await refund(conn, wallet, reference="part", of="all", amount=2) == Done(part.answer, is_replay=True)
+            back = await refund(conn, wallet, reference="rest", of="all")
+            assert isinstance(back, Done)
+            assert back.answer["amount"] == 99
+            assert await batches(desk) == [(100, 365), (1, None)]
+            assert isinstance(await refund(conn, wallet, reference="more", of="all"), TooMuch)
+        assert await desk.violations() == {}
+
+
+async def test_a_refund_makes_up_for_an_end_once_and_not_for_what_was_taken_back(database_url: str) -> None:
+    """Spent and given back again and again, a month's credits would never end; nor would those of a payment undone."""
+    async with office(database_url, wallets=1) as desk:
+        wallet, at = desk.wallet(), desk.rows("SELECT now()")[0][0]
+        async with desk.place.database.connection() as conn:
+            await grant(conn, wallet, NewGrant(10, "soon", expires_at=at + timedelta(days=1)))
+            await credits.consume(conn, wallet, amount=10, reference="one")
+            await refund(conn, wallet, reference="back one", of="one")
+            assert await batches(desk) == [(10, 30)]
+        async with office(database_url, org_id=desk.org_id, clock_offset="20 days") as later:
+            async with later.place.database.connection() as conn:
+                await credits.consume(conn, wallet, amount=10, reference="two")
+                await refund(conn, wallet, reference="back two", of="two")
+                assert await batches(desk) == [(10, 30)]
+                await credits.consume(conn, wallet, amount=10, reference="three")
+                await grant(conn, wallet, NewGrant(5, "paid", "purchase"))
+                await credits.consume(conn, wallet, amount=5, reference="four")
+                batch_id = await find_batch(conn, wallet, "paid")
+                assert batch_id is not None
+                await claw_back(conn, wallet, reference="unpaid", batch_id=batch_id, reason="charged back")
+                await refund(conn, wallet, reference="back four", of="four")
+                view = await get_balance(conn, wallet)
+                assert view is not None
+                assert view.balance == 0, "the payment was undone"
+            assert await later.violations() == {}
+
+
+async def test_refunded_credits_stay_those_of_their_purchase(database_url: str) -> None:
+    """Otherwise what was bought, spent, refunded to the wallet and then paid back would be had for nothing."""
+    async with office(database_url, wallets=1) as desk:
+        async with desk.place.database.connection() as conn:
+            for plan in ("pack-1000", "monthly"):
+                assert isinstance(
+                    await create_purchase(conn, desk.wallet(), NewPurchase(plan), actor="test"), PurchaseView
+                )
+            await credits.consume(conn, desk.wallet(), amount=2000, reference="all")
+            await refund(conn, desk.wallet(), reference="back", of="all")
+        rows = (
+            "SELECT purchase_id, period_start, sum(granted) FROM credit_batches WHERE source {} 'refund' GROUP BY 1, 2"
+        )
+        given, back = (set(desk.rows(rows.format(sign))) for sign in ("<>", "="))
+        assert (len(given), back) == (2, given)
+        assert await desk.violations() == {}
+
+
+async def test_a_clock_that_is_set_back_is_no_false_alarm(database_url: str) -> None:
+    async with office(database_url, wallets=1) as desk:
+        async with desk.place.database.connection() as conn:
+            await grant(conn, desk.wallet(), NewGrant(10, "first"))
+            await credits.reserve(conn, desk.wallet(), amount=4, reference="one")
+        async with office(database_url, org_id=desk.org_id, clock_offset="-2 seconds") as earlier:
+            async with earlier.place.database.connection() as conn:
+                await credits.consume(conn, desk.wallet(), amount=6, reference="two")
+                await grant(conn, desk.wallet(), NewGrant(10, "second"))
+                await credits.capture(conn, desk.wallet(), reference="one")
         assert await desk.violations() == {}

@@ -213,16 +213,21 @@ WHERE t.kind = 'consume'
 GROUP BY l.account_id, l.transaction_id
 """
 
+# A refund of credits from several batches is several transactions, the first of which has the reference.
 REFUNDS: LiteralString = """
-SELECT refund.account_id AS key, refund.corrects::text AS id, 1 AS things,
+SELECT first.account_id AS key, first.corrects::text AS id, 1 AS things,
        sum(refund.amount) > min(spent.amount) OR min(spent.amount) IS NULL
        OR bool_or(spent.account_id <> refund.account_id) AS is_wrong
-FROM credit_transactions AS refund
-LEFT JOIN credit_transactions AS spent ON spent.id = refund.corrects AND spent.kind IN ('consume', 'capture')
-WHERE refund.account_id = ANY (%(keys)s::bigint[])
-  AND refund.kind = 'refund'
-  AND refund.reference IS NOT NULL
-GROUP BY refund.account_id, refund.corrects
+FROM (
+    SELECT DISTINCT account_id, corrects
+    FROM credit_transactions
+    WHERE account_id = ANY (%(keys)s::bigint[])
+      AND kind = 'refund'
+      AND reference IS NOT NULL
+) AS first
+LEFT JOIN credit_transactions AS refund ON refund.corrects = first.corrects AND refund.kind = 'refund'
+LEFT JOIN credit_transactions AS spent ON spent.id = first.corrects AND spent.kind IN ('consume', 'capture')
+GROUP BY first.account_id, first.corrects
 """
 
 # message:<id>, or message:<id>/<n> when a reschedule rated it anew. A text that is no id belongs to no message.

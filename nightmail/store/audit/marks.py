@@ -132,6 +132,18 @@ async def list_changed_messages(conn: Connection, *, start: datetime, end: datet
     return [row[0] for row in await cursor.fetchall()]
 
 
+LENGTHS = """
+SELECT id, seq
+FROM credit_accounts
+WHERE id = ANY (%(account_ids)s::bigint[])
+"""
+
+
+async def read_lengths(conn: Connection, account_ids: Sequence[int]) -> dict[int, int]:
+    """Return how many entries each of these wallets has, which is what it costs to look at it."""
+    return dict(await (await conn.execute(LENGTHS, {"account_ids": list(account_ids)})).fetchall())
+
+
 @dataclass(frozen=True, slots=True)
 class OpenFinding:
     """Something that was found and has not been seen to be right since."""

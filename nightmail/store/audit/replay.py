@@ -1,6 +1,6 @@
 """The replay (L6, L11): every wallet's history once more, from the first transaction, by rules written a second time.
 
-The order of a wallet is that of its transactions' times, which are read under the wallet's lock. What a spend took is
+The order of a wallet is that of its transactions' numbers, given under the wallet's lock. What a spend took is
 in its entries; what a reservation took is in its answer, because the rows of credit_reservations go when it is settled.
 A clawback brings the end of a batch forward to its own time, so the end it has now judges what was before too. But not
 in which order: that went by the end it had before, which the clawback's answer keeps.
@@ -215,7 +215,7 @@ FROM credit_transactions
 WHERE account_id = ANY (%(keys)s::bigint[])
   AND kind = 'clawback'
   AND reference IS NOT NULL
-ORDER BY corrects, created_at, id
+ORDER BY corrects, nth
 """
 
 
@@ -256,7 +256,7 @@ SELECT t.account_id, t.id, t.kind, t.created_at, t.corrects, coalesce((t.answer 
 FROM credit_transactions AS t
 LEFT JOIN moved AS m ON m.transaction_id = t.id
 WHERE t.id = ANY (ARRAY(SELECT id FROM mine))
-ORDER BY t.account_id, t.created_at, t.id
+ORDER BY t.account_id, t.nth
 """
 
 

@@ -66,7 +66,7 @@ class ClawBack(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Granted(msgspec.Struct, kw_only=True):
-    """The batch that was made."""
+    """The batch that was made; of a refund that made several the first one, with the amount of all."""
 
     reference_id: str
     batch_id: str
