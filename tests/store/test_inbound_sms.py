@@ -111,6 +111,7 @@ async def test_stop_suppresses_for_every_org_that_may_have_written_from_there(wo
 async def test_a_reply_is_an_ordinary_message_to_queue_and_usage_and_no_quota_keeps_it(world: World) -> None:
     await write_to(world)
     world.tell("DELETE FROM usage_records")
+    world.tell("DELETE FROM usage_quotas")
     world.tell("UPDATE orgs SET plan = 'free', billing = 'quota'")
     world.tell("INSERT INTO usage_quotas SELECT id, 'sms', to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM'), 100 FROM orgs")
     reply_id = (await receive(world, "HELP")).reply_id
