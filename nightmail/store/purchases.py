@@ -382,6 +382,10 @@ async def follow_subscription(
         elif now.status == "past_due":
             past_due_at = past_due_at or now.since
         wanted = replace(found, quantity=now.quantity, past_due_at=past_due_at, ends_at=now.ends_at)
+        before = await get_plan(conn, found.plan_id)
+        assert before is not None, "a plan that was bought is not deleted"
+        if plan.interval_months != before.interval_months and found.status != "trialing":
+            wanted = replace(wanted, billed_from=now.since)
         is_moved = found.status == "trialing" and found.next_period == 0 and now.anchor != found.anchor
         if (wanted, plan.id, now.status) == (found, found.plan_id, found.status) and not is_moved:
             return found
@@ -393,7 +397,9 @@ async def follow_subscription(
             wanted = replace(wanted, next_period=max(found.next_period, last_period(wanted.anchor, at)))
         changed = await _change(conn, wanted, plan, now.status, actor)
         is_other = (plan.id, now.quantity) != (found.plan_id, found.quantity)
-        if is_other and (changed.holds_from is None or changed.holds_from > at):
+        # More is given for what is paid: what was made larger while a payment is due waits for it.
+        is_paid_now = found.past_due_at is not None or is_other
+        if changed.past_due_at is None and is_paid_now and (changed.holds_from is None or changed.holds_from > at):
             await _top_up(conn, changed, plan, at)
         return changed
 
