@@ -66,6 +66,8 @@ CREATE TABLE stripe_refunds (
     settled bigint NOT NULL DEFAULT 0 CHECK (settled BETWEEN 0 AND refunded)
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.05);
 CREATE INDEX stripe_refunds_of_payment ON stripe_refunds (payment_id);
+-- Those that wait until it is known what their payment was for.
+CREATE INDEX stripe_refunds_open ON stripe_refunds (payment_id) WHERE refunded > settled;
 
 -- One meter event each: what became metered since the revision before. Written, and committed, before the call.
 --   units        of this revision: > 0, never changed; total is the sum up to it of those that were not refused

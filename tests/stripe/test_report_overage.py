@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
@@ -262,8 +263,8 @@ async def test_a_larger_plan_after_the_month_does_not_take_its_overage_away(
     async with billing(database_url, stripe_api, at(2030, 11, 1, 0, 5)) as here:
         here.execute("INSERT INTO message_plans SELECT 'big', 900000, 900000, 1, 1")
         for plan in ("big", "free", "big"):
-            change = orgs.OrgChange(plan)
-            await here.database.run(lambda conn, change=change: orgs.change_org(conn, org, change, actor="test"))
+            change = partial(orgs.change_org, org_id=org, change=orgs.OrgChange(plan), actor="test")
+            await here.database.run(change)
     async with billing(database_url, stripe_api, FIRST) as here:
         assert (await report(here)).counts["email_overage"] == 4_000
         async with here.database.connection() as conn:
