@@ -250,7 +250,7 @@ def purchase_create(
     if made == "unknown_plan":
         fail(f"there is no plan {plan!r}", Exit.USAGE)
     if not isinstance(made, PurchaseView):
-        fail("this --external-ref is of another user or plan", Exit.FAILED)
+        fail("this --external-ref is of another user, plan or quantity", Exit.FAILED)
     if as_json:
         print_json(msgspec.to_builtins(purchase_item(made)))
     else:

@@ -109,7 +109,10 @@ async def _work(ctx: JobContext, tally: Tally, report: ClaimedReport, claim_id: 
         return
     if how == "too_old":
         tally.failed += 1
-        await ctx.database.run(partial(record, state="too_old", error="over 35 days old"))
+        why = "over 35 days old"
+        if report.first_called_at is not None:
+            why += ", and Stripe's sum does not tell whether it holds it: look before invoicing"
+        await ctx.database.run(partial(record, state="too_old", error=why))
     elif await ctx.database.run(partial(record, state="reported", answer={"outcome": how})):
         tally.events += 1
         tally.units[report.channel] += report.event.value
@@ -120,10 +123,15 @@ async def _work(ctx: JobContext, tally: Tally, report: ClaimedReport, claim_id: 
 async def _report(ctx: JobContext, report: ClaimedReport, claim_id: UUID) -> str:
     """Make the call, unless it had effect before or can have none; return how it ended. Raises ProviderError."""
     if not report.is_sure:
-        if await _is_counted(ctx, report):
+        is_counted = await _is_counted(ctx, report)
+        if is_counted:
             return "found"
         if report.is_too_old:
             return "too_old"
+        if is_counted is None:
+            raise InDoubt(
+                "unexplained_sum", "Stripe's sum is larger than what was reported: who else writes to the meter?"
+            )
         if not await ctx.database.run(partial(overage.begin_again, report=report, claim_id=claim_id)):
             raise InDoubt("claim_lost", "another run has taken this report over")
     elif report.is_too_old and report.first_called_at is None:
@@ -145,8 +153,11 @@ def _state_after(report: ClaimedReport, error: ProviderError) -> Literal["failed
     return "calling" if isinstance(error, InDoubt) or report.first_called_at is not None else "pending"
 
 
-async def _is_counted(ctx: JobContext, report: ClaimedReport) -> bool:
-    """Return whether Stripe's sum already holds a report whose identifier it may have forgotten."""
+async def _is_counted(ctx: JobContext, report: ClaimedReport) -> bool | None:
+    """Return whether Stripe's sum already holds a report whose identifier it may have forgotten.
+
+    None when it holds more than ours with this report: somebody else's units may hide that it is missing.
+    """
     try:
         counted = await ctx.ports.meter.sum_of(
             event_name=report.event.event_name,
@@ -158,7 +169,8 @@ async def _is_counted(ctx: JobContext, report: ClaimedReport) -> bool:
     except ProviderError as error:
         raise InDoubt(error.code, f"Stripe's sum: {error.detail}") from error
     known = await ctx.database.run(partial(overage.read_known_units, report=report))
-    return counted >= known + report.event.value
+    whole = known + report.event.value
+    return None if counted > whole else counted == whole
 
 
 def _foretold(found: Prepared) -> JobResult:

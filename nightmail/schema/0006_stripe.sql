@@ -28,6 +28,7 @@ CREATE TABLE plan_prices (
 --   state             as rules.stripe_objects reads it; kept also while nobody is known who owns it
 --   org_id … org_plan the metadata of its checkout session; those of the subscription itself are in `state`
 --   purchase_id       the credits it buys
+--   paid_org_id       the org that has the plan paid_plan by it, while it is live
 CREATE TABLE stripe_subscriptions (
     id text COLLATE "C" PRIMARY KEY CHECK (length(id) BETWEEN 1 AND 255),
     changed_at timestamptz,
@@ -38,10 +39,12 @@ CREATE TABLE stripe_subscriptions (
     user_id text COLLATE "C",
     plan_id text COLLATE "C",
     org_plan text COLLATE "C",
-    purchase_id uuid
+    purchase_id uuid,
+    paid_org_id uuid,
+    paid_plan text COLLATE "C"
 ) WITH (autovacuum_vacuum_scale_factor = 0.05);
--- A subscription that ends takes the org's plan with it, unless another one of the org still pays for it.
-CREATE INDEX stripe_subscriptions_of_org ON stripe_subscriptions (org_id) WHERE org_plan IS NOT NULL;
+-- A subscription that ends takes the org's plan with it; another one that pays for the org gives it its own.
+CREATE INDEX stripe_subscriptions_of_org ON stripe_subscriptions (paid_org_id) WHERE paid_org_id IS NOT NULL;
 
 -- What a payment was for, so that its refund finds the credits: a pack, or months of a subscription from `since` until
 -- `until`. `id` is that of a payment intent or of an invoice; the former may only know the latter.
@@ -63,6 +66,8 @@ CREATE TABLE stripe_refunds (
     settled bigint NOT NULL DEFAULT 0 CHECK (settled BETWEEN 0 AND refunded)
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.05);
 CREATE INDEX stripe_refunds_of_payment ON stripe_refunds (payment_id);
+-- Those that wait until it is known what their payment was for.
+CREATE INDEX stripe_refunds_open ON stripe_refunds (payment_id) WHERE refunded > settled;
 
 -- One meter event each: what became metered since the revision before. Written, and committed, before the call.
 --   units        of this revision: > 0, never changed; total is the sum up to it of those that were not refused
@@ -117,9 +122,18 @@ CREATE TABLE overage_skips (
 CREATE INDEX usage_records_metered ON usage_records (period, org_id, channel)
     WHERE env = 'live' AND rating = 'metered';
 
+-- The plan an org had until then: a month that is over is reported by the plan it ended with, so that nobody gets out of
+-- an overage by a larger plan on the first of the next month.
+CREATE TABLE org_plan_changes (
+    org_id uuid NOT NULL,
+    changed_at timestamptz NOT NULL DEFAULT nm_now(),
+    plan text COLLATE "C" NOT NULL,
+    PRIMARY KEY (org_id, changed_at)
+);
+
 -- What months owe that was not told: those that are over, with p_with_open also the one that runs. Metered units of a month
--- are what is over the plan's quota, at most what was rated as metered; the included part is looked up for metered months
--- only. Refused revisions count as not told. The event of a closed month lies in its last second, of an open one at this
+-- are what is over the quota of the plan at the month's end, at most what was rated as metered; the included part is
+-- looked up for metered months only. Refused revisions count as not told. The event of a closed month lies in its last second, of an open one at this
 -- moment.
 CREATE FUNCTION nm_overage_owed(p_with_open boolean) RETURNS TABLE (
     org_id uuid, channel text, period text, stripe_customer_id text, units bigint, total bigint, revision integer,
@@ -144,7 +158,15 @@ BEGIN ATOMIC
                ((m.period || '-01')::timestamp + interval '1 month') AT TIME ZONE 'UTC' AS ends_at
         FROM metered AS m
         JOIN orgs AS o ON o.id = m.org_id
-        JOIN message_plans AS p ON p.id = o.plan
+        JOIN message_plans AS p ON p.id = coalesce(
+            (
+                SELECT c.plan
+                FROM org_plan_changes AS c
+                WHERE c.org_id = m.org_id
+                  AND c.changed_at >= ((m.period || '-01')::timestamp + interval '1 month') AT TIME ZONE 'UTC'
+                ORDER BY c.changed_at
+                LIMIT 1
+            ), o.plan)
         CROSS JOIN LATERAL (
             SELECT sum(u.used)::bigint AS used
             FROM usage_records AS u

@@ -85,14 +85,25 @@ async def _check_plan(conn: Connection, plan: str) -> None:
 
 # What is waiting keeps the split and the price it was accepted with. A quota row holds what is taken, not what is left,
 # so that another plan or billing needs no change of it.
+# The plan before is kept: months that are over are reported by the plan they ended with.
 CHANGE = """
-UPDATE orgs
-SET plan = coalesce(%(plan)s, plan),
-    billing = coalesce(%(billing)s, billing),
-    billing_user = coalesce(%(billing_user)s, billing_user),
-    stripe_customer_id = CASE WHEN %(sets_customer)s THEN %(stripe_customer_id)s ELSE stripe_customer_id END
-WHERE id = %(id)s
-RETURNING id, name, plan, billing, stripe_customer_id, send_policy, billing_user, created_at
+WITH changed AS (
+    UPDATE orgs
+    SET plan = coalesce(%(plan)s, plan),
+        billing = coalesce(%(billing)s, billing),
+        billing_user = coalesce(%(billing_user)s, billing_user),
+        stripe_customer_id = CASE WHEN %(sets_customer)s THEN %(stripe_customer_id)s ELSE stripe_customer_id END
+    WHERE id = %(id)s
+    RETURNING new.*, old.plan AS plan_before
+), noted AS (
+    INSERT INTO org_plan_changes (org_id, plan)
+    SELECT id, plan_before
+    FROM changed
+    WHERE plan_before <> plan
+    ON CONFLICT DO NOTHING
+)
+SELECT id, name, plan, billing, stripe_customer_id, send_policy, billing_user, created_at
+FROM changed
 """
 
 

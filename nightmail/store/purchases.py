@@ -121,7 +121,7 @@ async def create_purchase(
                 found = await _find(conn, GET_BY_REFERENCE, wallet=wallet, external_ref=new.external_ref)
                 assert found is not None, "the insert met it"
         if found is not None:
-            is_same = found.user_id == wallet.user_id and found.plan_id == new.plan_id
+            is_same = (found.user_id, found.plan_id, found.quantity) == (wallet.user_id, new.plan_id, new.quantity)
             return found if is_same else "other_body"
         await insert_audit_log(
             conn,
@@ -307,9 +307,9 @@ def _end_of(found: PurchaseView, plan: Plan, at: datetime, *, at_period_end: boo
 
 
 async def change_plan(
-    conn: Connection, purchase_id: UUID, plan_id: str, *, actor: str
+    conn: Connection, purchase_id: UUID, plan_id: str | None, *, actor: str, quantity: int | None = None
 ) -> PurchaseView | Literal["not_found", "not_a_subscription", "unknown_plan"]:
-    """Move a subscription to another plan from now on.
+    """Move a subscription to another plan or quantity from now on; None keeps what it has.
 
     If the month that runs was granted already and the new plan gives more, the difference is given at once, at most up
     to the new plan's credits however often the plan is changed; a smaller plan begins with the next month. Another
@@ -317,9 +317,9 @@ async def change_plan(
     """
     async with conn.transaction():
         found = await _find(conn, LOCK, purchase_id=purchase_id)
-        plan = await get_plan(conn, plan_id)
         if found is None:
             return "not_found"
+        plan = await get_plan(conn, plan_id or found.plan_id)
         if plan is None:
             return "unknown_plan"
         if found.status == "paid" or plan.kind == "pack":
@@ -329,6 +329,7 @@ async def change_plan(
         at = await _read_clock(conn)
         if plan.interval_months != before.interval_months and found.status != "trialing":
             found = replace(found, billed_from=at)
+        found = replace(found, quantity=quantity or found.quantity)
         changed = await _change(conn, found, plan, found.status, actor)
         if changed.holds_from is None or changed.holds_from > at:
             await _top_up(conn, changed, plan, at)
@@ -382,6 +383,10 @@ async def follow_subscription(
         elif now.status == "past_due":
             past_due_at = past_due_at or now.since
         wanted = replace(found, quantity=now.quantity, past_due_at=past_due_at, ends_at=now.ends_at)
+        before = await get_plan(conn, found.plan_id)
+        assert before is not None, "a plan that was bought is not deleted"
+        if plan.interval_months != before.interval_months and found.status != "trialing":
+            wanted = replace(wanted, billed_from=now.since)
         is_moved = found.status == "trialing" and found.next_period == 0 and now.anchor != found.anchor
         if (wanted, plan.id, now.status) == (found, found.plan_id, found.status) and not is_moved:
             return found
@@ -393,7 +398,9 @@ async def follow_subscription(
             wanted = replace(wanted, next_period=max(found.next_period, last_period(wanted.anchor, at)))
         changed = await _change(conn, wanted, plan, now.status, actor)
         is_other = (plan.id, now.quantity) != (found.plan_id, found.quantity)
-        if is_other and (changed.holds_from is None or changed.holds_from > at):
+        # More is given for what is paid: what was made larger while a payment is due waits for it.
+        is_paid_now = found.past_due_at is not None or is_other
+        if changed.past_due_at is None and is_paid_now and (changed.holds_from is None or changed.holds_from > at):
             await _top_up(conn, changed, plan, at)
         return changed
 

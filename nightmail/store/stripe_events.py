@@ -29,7 +29,7 @@ from nightmail.rules.stripe_objects import (
 )
 from nightmail.store.database import Connection, is_data_fault
 from nightmail.store.overage import mark_refused_later
-from nightmail.store.stripe_payments import note_invoice, note_payment, take_pack, take_refund
+from nightmail.store.stripe_payments import note_invoice, note_payment, settle_subscription, take_pack, take_refund
 from nightmail.store.stripe_subscriptions import Applied, link_subscription, pay_subscription, take_subscription
 
 Outcome = Literal["applied", "ignored", "stale", "failed", "repeated"]
@@ -109,18 +109,25 @@ async def _apply(conn: Connection, event: StripeEvent, errors: MeterErrors | Non
     kind = event.type
     if kind in SUBSCRIPTION_TYPES:
         state = kept_of(event.object)
-        return await take_subscription(conn, read_subscription(state), state, kind, event.created_at)
+        told = read_subscription(state)
+        applied = await take_subscription(conn, told, state, kind, event.created_at)
+        await settle_subscription(conn, told.id)
+        return applied
     if kind in SESSION_TYPES:
         session = read_session(event.object)
         if session.mode == "payment":
             return await take_pack(conn, session)
         if session.mode == "subscription":
-            return await link_subscription(conn, session)
+            applied = await link_subscription(conn, session)
+            await settle_subscription(conn, session.subscription_id or "")
+            return applied
         return Applied("ignored", why=f"a session of mode {session.mode} buys nothing")
     if kind == "invoice.paid":
         invoice = read_invoice(event.object)
         await note_invoice(conn, invoice)
-        return await pay_subscription(conn, invoice, event.created_at)
+        applied = await pay_subscription(conn, invoice, event.created_at)
+        await settle_subscription(conn, invoice.subscription_id or "")
+        return applied
     if kind == "invoice_payment.paid":
         return await note_payment(conn, *read_invoice_payment(event.object))
     if kind == "charge.refunded":

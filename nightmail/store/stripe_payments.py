@@ -74,6 +74,7 @@ async def note_payment(conn: Connection, invoice_id: str, payment_ids: tuple[str
     """Note which payment paid an invoice."""
     for name in sorted(payment_ids):
         await conn.execute(NOTE, {**NOTHING, "id": name, "invoice_id": invoice_id})
+        await _settle_refunds(conn, name)
     return Applied("applied" if payment_ids else "ignored")
 
 
@@ -112,6 +113,23 @@ async def take_refund(conn: Connection, refund: Refund) -> Applied:
         return Applied("ignored", why="no purchase of ours was paid by this charge, as far as is known")
     purchase = await get_purchase(conn, purchase_id)
     return Applied("applied", purchase.org_id if purchase else None, purchase_id)
+
+
+WAITING = """
+SELECT DISTINCT r.payment_id
+FROM stripe_refunds AS r
+JOIN stripe_payments AS p ON p.id = r.payment_id
+LEFT JOIN stripe_payments AS i ON i.id = p.invoice_id
+WHERE r.refunded > r.settled
+  AND coalesce(p.subscription_id, i.subscription_id) = %(subscription_id)s
+ORDER BY r.payment_id
+"""
+
+
+async def settle_subscription(conn: Connection, subscription_id: str) -> None:
+    """Take back what was refunded before it was known what the subscription gives."""
+    for (payment_id,) in await (await conn.execute(WAITING, {"subscription_id": subscription_id})).fetchall():
+        await _settle_refunds(conn, payment_id)
 
 
 # A payment of an invoice stands for what the invoice was for.

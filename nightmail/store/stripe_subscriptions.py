@@ -14,11 +14,12 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
+from nightmail.errors import UnknownPlan
 from nightmail.rules.credits import PurchaseStatus
 from nightmail.rules.stripe_objects import Invoice, NotOurs, Owner, Session, Subscription, order_of, read_subscription
-from nightmail.store.audit_logs import insert_audit_log
 from nightmail.store.credits import Wallet
 from nightmail.store.database import Connection
+from nightmail.store.orgs import OrgChange, change_org, get_org
 from nightmail.store.plans import get_plan
 from nightmail.store.purchases import (
     Followed,
@@ -34,6 +35,7 @@ ACTOR = "stripe"
 # What an org falls back to when nobody pays for its plan any more.
 UNPAID_PLAN, UNPAID_BILLING = "free", "quota"
 LIVE = frozenset({"trialing", "active", "past_due"})
+ENDED = frozenset({"canceled", "incomplete_expired"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +57,22 @@ class Held:
     state: dict[str, Any] | None
     owner: Owner
     purchase_id: UUID | None
+    paid_org_id: UUID | None
 
 
 LOCK = """
 INSERT INTO stripe_subscriptions AS s (id)
 VALUES (%(id)s)
 ON CONFLICT (id) DO UPDATE SET rank = s.rank
-RETURNING changed_at, rank, state, org_id, coalesce(env, 'live'), user_id, plan_id, org_plan, purchase_id
+RETURNING changed_at, rank, state, org_id, coalesce(env, 'live'), user_id, plan_id, org_plan, purchase_id,
+          paid_org_id
 """
 
 
 async def _lock(conn: Connection, subscription_id: str) -> Held:
     row = await (await conn.execute(LOCK, {"id": subscription_id})).fetchone()
     assert row is not None, "an upsert has one row"
-    return Held(row[0], row[1], row[2], Owner(*row[3:8]), row[8])
+    return Held(row[0], row[1], row[2], Owner(*row[3:8]), row[8], row[9])
 
 
 KEEP = """
@@ -87,7 +91,7 @@ async def take_subscription(
     if held.changed_at is not None and (at, rank) < (held.changed_at, held.rank):
         return Applied("stale", held.owner.org_id, held.purchase_id, "a newer state is known")
     await conn.execute(KEEP, {"id": told.id, "changed_at": at, "rank": rank, "state": Jsonb(state)})
-    return await _follow(conn, told, told.owner.over(held.owner), held.purchase_id, at)
+    return await _follow(conn, told, told.owner.over(held.owner), held, at)
 
 
 LINK = """
@@ -118,7 +122,7 @@ async def link_subscription(conn: Connection, session: Session) -> Applied:
         await _check_org(conn, owner)
         return Applied("applied", owner.org_id)
     told = read_subscription(held.state)
-    return await _follow(conn, told, told.owner.over(owner), held.purchase_id, held.changed_at)
+    return await _follow(conn, told, told.owner.over(owner), held, held.changed_at)
 
 
 async def pay_subscription(conn: Connection, invoice: Invoice, at: datetime) -> Applied:
@@ -137,22 +141,20 @@ async def pay_subscription(conn: Connection, invoice: Invoice, at: datetime) -> 
     state = {**held.state, "status": "active"}
     await conn.execute(KEEP, {"id": told.id, "changed_at": at, "rank": rank, "state": Jsonb(state)})
     paid = read_subscription(state)
-    return await _follow(conn, paid, paid.owner.over(held.owner), held.purchase_id, at)
+    return await _follow(conn, paid, paid.owner.over(held.owner), held, at)
 
 
-async def _follow(
-    conn: Connection, told: Subscription, owner: Owner, purchase_id: UUID | None, at: datetime
-) -> Applied:
+async def _follow(conn: Connection, told: Subscription, owner: Owner, held: Held, at: datetime) -> Applied:
     if owner.org_id is None:
+        await _follow_org(conn, told, held, owner)
         return Applied("ignored", why="no metadata nightmail_org, on the subscription or its checkout session")
     await _check_org(conn, owner)
     if owner.user_id is None and owner.org_plan is None:
         raise NotOurs("metadata names an org, but neither nightmail_user nor nightmail_org_plan: what was bought?")
-    if owner.org_plan is not None:
-        await _follow_org(conn, told, owner.org_id, owner.org_plan)
+    await _follow_org(conn, told, held, owner)
     if owner.user_id is None:
         return Applied("applied", owner.org_id)
-    followed = await _follow_credits(conn, told, owner, purchase_id, at)
+    followed = await _follow_credits(conn, told, owner, held.purchase_id, at)
     if followed is None:
         return Applied("ignored" if owner.org_plan is None else "applied", owner.org_id, why=f"it is {told.status}")
     return Applied("applied", owner.org_id, followed)
@@ -180,22 +182,33 @@ async def _follow_credits(
     """Make or change the purchase; return its id, None when there is nothing to give yet, or never was."""
     assert owner.org_id is not None, "the caller looked"
     assert owner.user_id is not None, "the caller looked"
-    plan_id, quantity = await _plan_of(conn, told, owner)
     purchase = await get_purchase(conn, purchase_id) if purchase_id else None
     if purchase is None:
         purchase = await find_purchase(conn, owner.org_id, owner.env, told.id)
+    # Nothing is given for what is not paid, nor was before as far as is known: its payment makes the purchase.
+    if purchase is None and told.status not in ("trialing", "active"):
+        return None
+    if purchase is not None and told.status in ENDED:
+        # It must end, also when its price has no plan any more.
+        plan_id, quantity = purchase.plan_id, purchase.quantity
+    else:
+        plan_id, quantity = await _plan_of(conn, told, owner)
     if purchase is None:
-        if told.status not in (*LIVE, "unpaid"):
+        if quantity == 0:
             return None
         wallet = Wallet(owner.org_id, owner.env, owner.user_id)
         purchase = await _create(conn, wallet, told, plan_id, quantity, at)
-    status = _status_of(told, purchase)
+    status, ends_at = _status_of(told, purchase), told.ends_at
+    if quantity == 0:
+        # Nothing is paid for nothing: as one that ended, which goes on when there is a quantity again.
+        status, quantity = "canceled", purchase.quantity
+        ends_at = min(known for known in (at, ends_at, purchase.ends_at) if known is not None)
     now = Followed(
         plan_id,
         status,
         at,
         told.trial_ends_at if status == "trialing" and told.trial_ends_at else _anchor_of(told, at),
-        (told.ends_at or at) if status == "canceled" else None,
+        (ends_at or at) if status == "canceled" else None,
         quantity,
         {"active": "paid", "trialing": "paid", "past_due": "due", "unpaid": "due"}.get(told.status, "unchanged"),
     )
@@ -227,7 +240,7 @@ def _anchor_of(told: Subscription, at: datetime) -> datetime:
 
 
 def _status_of(told: Subscription, purchase: PurchaseView) -> PurchaseStatus:
-    if told.status in ("canceled", "incomplete_expired") or told.ends_at is not None:
+    if told.status in ENDED or told.ends_at is not None:
         return "canceled"
     if told.status == "trialing":
         return "trialing"
@@ -254,56 +267,69 @@ async def _plan_of(conn: Connection, told: Subscription, owner: Owner) -> tuple[
     keys = {"ids": [p.id for p in told.prices], "keys": [p.lookup_key for p in told.prices]}
     for nth, plan_id in await (await conn.execute(PLANS_OF_PRICES, keys)).fetchall():
         if plan_id is not None:
-            return plan_id, told.prices[nth - 1].quantity or 1
+            quantity = told.prices[nth - 1].quantity
+            return plan_id, 1 if quantity is None else quantity
     if owner.plan_id is not None:
-        return owner.plan_id, next((price.quantity for price in told.prices if price.quantity), 1)
+        # A metered price has no quantity; if all others have none of it, that is how many are paid for.
+        quantities = [price.quantity for price in told.prices if price.quantity is not None]
+        return owner.plan_id, next((quantity for quantity in quantities if quantity), 0 if quantities else 1)
     names = ", ".join(price.id for price in told.prices) or "none"
     raise NotOurs(f"no plan for the prices {names}: PUT /stripe/prices/{{price}}, or set metadata nightmail_plan")
 
 
-# The other live subscriptions of the org that pay for a plan of it; the newest of them says which.
-OTHERS = """
-SELECT coalesce(org_plan, state -> 'metadata' ->> 'nightmail_org_plan')
+LOCK_ORGS = """
+SELECT id
+FROM orgs
+WHERE id = ANY (%(ids)s)
+ORDER BY id
+FOR NO KEY UPDATE
+"""
+
+PAY = """
+UPDATE stripe_subscriptions
+SET paid_org_id = %(org_id)s, paid_plan = %(plan)s
+WHERE id = %(id)s
+"""
+
+OTHER = """
+SELECT paid_plan, state
 FROM stripe_subscriptions
-WHERE id <> %(id)s
-  AND (org_id = %(org_id)s OR state -> 'metadata' ->> 'nightmail_org' = %(org_id)s::text)
-  AND coalesce(org_plan, state -> 'metadata' ->> 'nightmail_org_plan') IS NOT NULL
-  AND state ->> 'status' = ANY (%(live)s)
+WHERE paid_org_id = %(org_id)s
+ORDER BY changed_at DESC, id DESC
 LIMIT 1
 """
 
-KNOWN_PLAN = "SELECT EXISTS (SELECT FROM message_plans WHERE id = %(plan)s)"
 
-SET_PLAN = """
-UPDATE orgs
-SET plan = %(plan)s, billing = %(billing)s, stripe_customer_id = coalesce(nullif(%(customer)s, ''), stripe_customer_id)
-WHERE id = %(id)s
-  AND (plan, billing, stripe_customer_id) IS DISTINCT FROM
-      (%(plan)s, %(billing)s, coalesce(nullif(%(customer)s, ''), stripe_customer_id))
-"""
-
-
-async def _follow_org(conn: Connection, told: Subscription, org_id: UUID, org_plan: str) -> None:
-    """Give the org the plan that is paid for, metered, or the free one when nothing pays for one any more."""
-    if told.status in LIVE:
-        row = await (await conn.execute(KNOWN_PLAN, {"plan": org_plan})).fetchone()
-        if not (row and row[0]):
-            raise NotOurs(f"there is no plan of messages {org_plan}: check metadata nightmail_org_plan")
-        plan, billing = org_plan, "metered"
-    elif told.status == "incomplete":
+async def _follow_org(conn: Connection, told: Subscription, held: Held, owner: Owner) -> None:
+    """Give the org the plan that is paid for, metered; an org it paid for before what another subscription pays for."""
+    plan = owner.org_plan if told.status in LIVE else None
+    org_id = owner.org_id if plan is not None else None
+    orgs = [known for known in (org_id, held.paid_org_id) if known is not None]
+    if not orgs:
         return
+    # Of two subscriptions of one org that end at once, the second one sees here that the first one has ended.
+    await conn.execute(LOCK_ORGS, {"ids": orgs})
+    await conn.execute(PAY, {"id": told.id, "org_id": org_id, "plan": plan})
+    if org_id is not None and plan is not None:
+        await _set_plan(conn, org_id, plan, "metered", told.customer)
+    if held.paid_org_id is None or held.paid_org_id == org_id:
+        return
+    row = await (await conn.execute(OTHER, {"org_id": held.paid_org_id})).fetchone()
+    if row is None:
+        await _set_plan(conn, held.paid_org_id, UNPAID_PLAN, UNPAID_BILLING, "")
     else:
-        arguments = {"id": told.id, "org_id": org_id, "live": list(LIVE)}
-        if await (await conn.execute(OTHERS, arguments)).fetchone() is not None:
-            return
-        plan, billing = UNPAID_PLAN, UNPAID_BILLING
-    wanted = {"id": org_id, "plan": plan, "billing": billing, "customer": told.customer}
-    if (await conn.execute(SET_PLAN, wanted)).rowcount == 1:
-        await insert_audit_log(
-            conn,
-            actor=ACTOR,
-            action="org.billing_changed",
-            org_id=org_id,
-            target=str(org_id),
-            detail={"plan": plan, "billing": billing, "subscription": told.id},
-        )
+        await _set_plan(conn, held.paid_org_id, row[0], "metered", read_subscription(row[1]).customer)
+
+
+async def _set_plan(conn: Connection, org_id: UUID, plan: str, billing: str, customer: str) -> None:
+    """Change a locked org, unless it is so already; its customer stays for what is still to be billed."""
+    org = await get_org(conn, org_id)
+    assert org is not None, "it is locked"
+    customer = customer or org.stripe_customer_id or ""
+    if (org.plan, org.billing, org.stripe_customer_id or "") == (plan, billing, customer):
+        return
+    change = OrgChange(plan, billing, sets_customer=customer != "", stripe_customer_id=customer or None)
+    try:
+        await change_org(conn, org_id, change, actor=ACTOR)
+    except UnknownPlan:
+        raise NotOurs(f"there is no plan of messages {plan}: check metadata nightmail_org_plan") from None

@@ -6,17 +6,19 @@ import asyncio
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
 from nightmail.engine.deadline import Deadline
 from nightmail.engine.job import JobContext
 from nightmail.fakes.script import Behaviour, Rule, Script
-from nightmail.fakes.stripe_api import FakeStripe
+from nightmail.fakes.stripe_api import FakeStripe, TakenEvent
 from nightmail.ids import new_id
 from nightmail.jobs import report_overage
 from nightmail.jobs.table import DAILY_OVERAGE, jobs_for
-from nightmail.store import overage
+from nightmail.store import orgs, overage
+from nightmail.store.audit import audit
 from tests.engine.place import Place, content_of, settings_of
 from tests.stripe.billing import EMAIL, REPORTS, SMS, at, billing, metered_org, offset_to, report, use
 
@@ -251,3 +253,36 @@ async def test_daily_tells_each_days_part_and_closes_the_month_within_the_hour_o
         at(2030, 10, 31, 0, 15),
         at(2030, 10, 31, 23, 59),
     ]
+
+
+async def test_a_larger_plan_after_the_month_does_not_take_its_overage_away(
+    database_url: str, stripe_api: FakeStripe
+) -> None:
+    org = metered_org(database_url)
+    use(database_url, org, "2030-10", included=10_000, metered=4_000)
+    async with billing(database_url, stripe_api, at(2030, 11, 1, 0, 5)) as here:
+        here.execute("INSERT INTO message_plans SELECT 'big', 900000, 900000, 1, 1")
+        for plan in ("big", "free", "big"):
+            change = partial(orgs.change_org, org_id=org, change=orgs.OrgChange(plan), actor="test")
+            await here.database.run(change)
+    async with billing(database_url, stripe_api, FIRST) as here:
+        assert (await report(here)).counts["email_overage"] == 4_000
+        async with here.database.connection() as conn:
+            assert [f.name for f in await audit(conn) if f.violations and f.name.startswith("overage")] == []
+
+
+async def test_a_sum_that_holds_units_of_somebody_else_is_not_taken_for_ours(
+    database_url: str, stripe_api: FakeStripe
+) -> None:
+    org = metered_org(database_url)
+    use(database_url, org, "2030-10", included=10_000, metered=250)
+    stripe_api.script = once("fail5xx")
+    async with billing(database_url, stripe_api, FIRST) as here:
+        assert (await report(here)).counts == results(failed=1)
+    stripe_api.events.append(TakenEvent("theirs", EMAIL, "cus_1", 700, at(2030, 10, 9), at(2030, 10, 9)))
+    async with billing(database_url, stripe_api, FIRST + timedelta(hours=30)) as here:
+        assert (await report(here)).counts == results(failed=1), "700 of somebody else are not our 250"
+        assert here.rows("SELECT state FROM overage_reports") == [("calling",)]
+        stripe_api.events[-1].is_counted = False
+        assert (await report(here)).counts["email_overage"] == 250
+    assert stripe_api.counted("cus_1") == 250

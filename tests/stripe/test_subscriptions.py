@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -180,8 +181,9 @@ async def test_the_refund_of_an_invoice_takes_back_the_month_it_paid_for_and_no_
         for number, period in (("in_8", span), ("in_9", next_span)):
             lines = {"data": [{"period": period}]}
             await now.tell("invoice.paid", {"id": number, "object": "invoice", "parent": parent, "lines": lines})
-        assert await now.tell("charge.refunded", charge) == "applied"
-        assert now.balance() == 667, "a third of 1,000, rounded down, was taken back"
+        assert now.balance() == 667, "a third of 1,000, rounded down, was taken back when the invoice was known"
+        assert await now.tell("charge.refunded", charge) == "ignored"
+        assert now.balance() == 667
         first = {**charge, "id": "ch_8", "amount_refunded": 900, "payment_intent": None, "invoice": "in_8"}
         assert await now.tell("charge.refunded", first) == "applied"
         assert now.balance() == 667, "January's credits have ended"
@@ -202,3 +204,70 @@ async def test_an_org_has_the_plan_that_is_paid_for(database_url: str) -> None:
         await now.tell("customer.subscription.updated", sub(org, "unpaid", **plan))
         assert now.here.rows(query) == [("free", "quota", "cus_7")], "the customer stays for what is still to be billed"
         assert now.here.rows("SELECT count(*) FROM purchases") == [(0,)]
+
+
+async def test_an_org_falls_back_to_what_another_subscription_pays_for(database_url: str) -> None:
+    org = metered_org(database_url, None, plan="free")
+    query = "SELECT plan, billing, stripe_customer_id FROM orgs"
+
+    def of(number: int, plan: str, **fields: Any) -> dict[str, Any]:
+        # Stripe gives back the id as somebody wrote it.
+        metadata = {"nightmail_org": str(org).upper(), "nightmail_org_plan": plan}
+        return {**sub(org, metadata=metadata, customer=f"cus_{number}", **fields), "id": f"sub_{number}"}
+
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        conn.execute("INSERT INTO message_plans SELECT 'big', 900000, included_sms, 1, 1 FROM message_plans LIMIT 1")
+    async with desk(database_url, START) as now:
+        never_paid = {**of(9, "big"), "status": "incomplete_expired"}
+        with psycopg.connect(database_url, autocommit=True) as conn:
+            conn.execute("UPDATE orgs SET plan = 'pro', billing = 'prepaid'")
+        await now.tell("customer.subscription.updated", never_paid)
+        assert now.here.rows(query) == [("pro", "prepaid", None)], "nothing was bought, so nothing ends"
+        await now.tell("customer.subscription.created", of(1, "pro"))
+        await now.tell("customer.subscription.created", of(2, "big"))
+        assert now.here.rows(query) == [("big", "metered", "cus_2")]
+        await now.tell("customer.subscription.deleted", {**of(2, "big"), "status": "canceled"})
+        assert now.here.rows(query) == [("pro", "metered", "cus_1")], "the larger one is not paid for any more"
+        await now.tell("customer.subscription.created", of(2, "big") | {"id": "sub_3"})
+        ends = [{**of(n, "pro"), "status": "canceled"} for n in (1, 3)]
+        told = [event("customer.subscription.deleted", end, created=now.now) for end in ends]
+        async with now.here.database.connection() as one, now.here.database.connection() as two:
+            async with one.transaction():
+                await receive_event(one, read_event(told[0]))
+                waits = asyncio.create_task(receive_event(two, read_event(told[1])))
+                await asyncio.sleep(0.2)
+            await waits
+        assert now.here.rows(query) == [("free", "quota", "cus_2")], "both ended at once: nobody pays"
+        changes = "SELECT count(*) FROM audit_logs WHERE action = 'org.changed' AND actor = 'stripe'"
+        assert now.here.rows(changes) == [(5,)], "as PATCH /orgs would have noted it, and only what changed"
+
+
+async def test_nothing_is_given_that_is_not_paid(database_url: str) -> None:
+    """First told of as unpaid; made larger while a payment is due; a quantity of nothing; ended without its price."""
+    org = metered_org(database_url)
+    async with desk(database_url, START) as now:
+        assert await now.tell("customer.subscription.updated", sub(org, "unpaid")) == "ignored"
+        assert await now.tell("customer.subscription.updated", {**sub(org, quantity=0), "id": "sub_0"}) == "ignored"
+        assert now.balance() == 0
+    async with desk(database_url, START + timedelta(hours=1)) as now:
+        await now.tell("customer.subscription.updated", sub(org))
+        assert now.balance() == 1000
+    async with desk(database_url, START + timedelta(hours=2)) as now:
+        await now.tell("customer.subscription.updated", sub(org, "past_due", quantity=9))
+        assert now.balance() == 1000, "nine times as much, and none of it paid"
+    async with desk(database_url, START + timedelta(hours=3)) as now:
+        await now.tell("customer.subscription.updated", sub(org, quantity=9))
+        assert now.balance() == 9000, "now it is"
+    async with desk(database_url, at(2030, 2, 10)) as now:
+        await now.tell("customer.subscription.updated", sub(org, quantity=0))
+    async with desk(database_url, at(2030, 3, 5)) as now:
+        await now.tell("customer.subscription.updated", sub(org, quantity=0))
+        await now.grant()
+        assert now.balance() == 0, "the month of the end of February was not paid"
+        await now.tell("customer.subscription.updated", sub(org, quantity=1))
+        assert now.balance() == 1000
+    async with desk(database_url, at(2030, 3, 6)) as now:
+        gone = sub(org, "canceled", ended_at=now.now, lookup_key="no longer a plan")
+        assert await now.tell("customer.subscription.deleted", gone) == "applied"
+        assert now.purchase()[0] == "canceled"
+        await now.check()

@@ -188,6 +188,9 @@ def test_purchases_give_credits_at_once_and_say_when_the_next_come(server: Serve
     shown = server.call("GET", "/credits/ada", org.live_key).json()
     assert (shown["balance"], shown["next_grant"]["at"]) == (2000, bought["next_grant_at"])
     assert [batch["source"] for batch in shown["batches"]] == ["subscription", "purchase"]
+    larger = server.call("PATCH", f"/purchases/{bought['id']}", ADMIN_TOKEN, {"quantity": 3}).json()
+    assert (larger["quantity"], server.call("GET", "/credits/ada", org.live_key).json()["balance"]) == (3, 4000)
+    assert buy(user_id="ada", plan="pack-1000", external_ref="cs_1", quantity=2).status_code == 409
     trial = buy(user_id="eve", plan="monthly", trial_ends_at="2150-01-01T00:00:00Z").json()
     assert (trial["status"], server.call("GET", "/credits/eve", org.live_key).json()["balance"]) == ("trialing", 100)
     changed = server.call("PATCH", f"/purchases/{bought['id']}", ADMIN_TOKEN, {"status": "canceled"}).json()

@@ -1,8 +1,8 @@
 """Overage reports (L10): what Stripe was told of a month adds up, and is what the month owes.
 
 A month owes what was metered, at most what was used beyond the plan's included units. What Stripe refused (`failed`)
-was not told: its units are in the next revision. Whose plan was changed since the month began is not judged by the plan
-it has now.
+was not told: its units are in the next revision. A month is judged by the plan that it ended with, unless the plan was
+changed within it.
 """
 
 from __future__ import annotations
@@ -47,15 +47,22 @@ WITH told AS MATERIALIZED (
     SELECT m.*, o.stripe_customer_id, least(m.metered, greatest(0, m.used - n.included)) AS units,
            NOT EXISTS (
                SELECT
-               FROM audit_logs AS l
-               WHERE l.at >= m.begins_at AND l.org_id = m.org_id AND l.action = 'org.changed'
+               FROM org_plan_changes AS c
+               WHERE c.org_id = m.org_id AND c.changed_at >= m.begins_at AND c.changed_at < m.ends_at
            ) AS is_sure
     FROM month AS m
     JOIN orgs AS o ON o.id = m.org_id
     CROSS JOIN LATERAL (
         SELECT CASE m.channel WHEN 'email' THEN p.included_emails ELSE p.included_sms END AS included
         FROM message_plans AS p
-        WHERE p.id = o.plan
+        WHERE p.id = coalesce(
+            (
+                SELECT c.plan
+                FROM org_plan_changes AS c
+                WHERE c.org_id = m.org_id AND c.changed_at >= m.ends_at
+                ORDER BY c.changed_at
+                LIMIT 1
+            ), o.plan)
     ) AS n
     WHERE m.metered > 0
 )

@@ -26,6 +26,8 @@ _PLAN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 PlanId = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}\Z")]
 Credits = Annotated[int, Meta(ge=0, le=MAX_AMOUNT)]
 
+Quantity = Annotated[int, Meta(ge=1, le=9999, description="So many times the plan's credits.")]
+
 
 class PutPlan(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A plan: of a subscription, `credits` for each month, also when it is billed yearly; of a pack, once."""
@@ -55,6 +57,7 @@ class CreatePurchase(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     user_id: Annotated[str, Meta(min_length=1, max_length=200)]
     plan: PlanId
+    quantity: Quantity = 1
     external_ref: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
     anchor: Annotated[datetime, Meta(tz=True)] | None = None
     grants_from: Annotated[datetime, Meta(tz=True)] | None = None
@@ -62,9 +65,10 @@ class CreatePurchase(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class ChangePurchase(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """The new plan, or the new status; `canceled` at the end of the billing interval unless not `at_period_end`."""
+    """The new plan or quantity, or the new status; `canceled` at the end of the interval unless not `at_period_end`."""
 
     plan: PlanId | None = None
+    quantity: Quantity | None = None
     status: Literal["active", "past_due", "canceled"] | None = None
     at_period_end: bool = True
 
@@ -83,6 +87,7 @@ class PurchaseItem(msgspec.Struct, kw_only=True):
     env: str
     user_id: str
     plan: str
+    quantity: int
     external_ref: str | None
     status: str
     anchor: datetime
@@ -127,17 +132,23 @@ async def create_purchase(call: Call[CreatePurchase]) -> Reply:
         read_time(body.anchor, "anchor"),
         read_time(body.grants_from, "grants_from"),
         read_time(body.trial_ends_at, "trial_ends_at"),
+        body.quantity,
     )
     if new.trial_ends_at is not None and new.anchor is not None:
         raise invalid("Use either `anchor` or `trial_ends_at`: the months begin when the trial ends.")
     wallet = Wallet(*await owner_of(call), user_id)
-    made = await call.services.database.run(lambda conn: purchases.create_purchase(conn, wallet, new, actor=call.actor))
+    try:
+        made = await call.services.database.run(
+            lambda conn: purchases.create_purchase(conn, wallet, new, actor=call.actor)
+        )
+    except OverflowError:
+        raise invalid("Invalid `quantity` field: the balance would not fit.") from None
     if made == "unknown_plan":
         raise invalid(f"Invalid `plan` field: there is no plan `{body.plan}`.")
     if made == "too_long_ago":
         raise invalid(f"Invalid `grants_from` field: that is more than {MOST_MONTHS_AT_ONCE} months to give at once.")
     if made == "other_body":
-        raise Problem(409, "external_ref_used", "This `external_ref` is of another user or plan.")
+        raise Problem(409, "external_ref_used", "This `external_ref` is of another user, plan or quantity.")
     assert isinstance(made, PurchaseView)
     return Reply(purchase_item(made), 201)
 
@@ -164,18 +175,20 @@ async def get_purchase(call: Call[None]) -> Reply:
 async def change_purchase(call: Call[ChangePurchase]) -> Reply:
     """Change a subscription's plan or status."""
     body, purchase_id = call.body, call.ids["id"]
-    if (body.plan is None) == (body.status is None):
-        raise invalid("Give `plan` or `status`, one of them.")
+    if (body.plan is None and body.quantity is None) == (body.status is None):
+        raise invalid("Give `plan`, `quantity` or both, or else `status`.")
 
     async def step(conn: Any) -> PurchaseView | str:
-        if body.plan is not None:
-            return await purchases.change_plan(conn, purchase_id, body.plan, actor=call.actor)
-        assert body.status is not None, "one of them was given"
+        if body.status is None:
+            return await purchases.change_plan(conn, purchase_id, body.plan, actor=call.actor, quantity=body.quantity)
         return await purchases.set_status(
             conn, purchase_id, body.status, actor=call.actor, at_period_end=body.at_period_end
         )
 
-    changed = await call.services.database.run(step)
+    try:
+        changed = await call.services.database.run(step)
+    except OverflowError:
+        raise invalid("Invalid `quantity` field: the balance would not fit.") from None
     if isinstance(changed, PurchaseView):
         return Reply(purchase_item(changed))
     if changed == "unknown_plan":
@@ -197,6 +210,7 @@ def purchase_item(view: PurchaseView) -> PurchaseItem:
         env=view.env,
         user_id=view.user_id,
         plan=view.plan_id,
+        quantity=view.quantity,
         external_ref=view.external_ref,
         status=view.status,
         anchor=view.anchor.astimezone(UTC),
