@@ -150,15 +150,17 @@ ORDER BY charge_id
 FOR UPDATE
 """
 
-# Of what a payment gave, what has something left: a pack's batch, or those of the months it paid for, upgrades too.
+# Of what a payment gave, what has something left: a pack's batch, or those of the months it paid for, upgrades too. When
+# all is paid back (is_all), also what is spent, so that it does not live on when the spend is refunded, and what already
+# came back from such a spend.
 BATCHES = """
 SELECT b.id, b.granted
 FROM purchases AS p
 JOIN credit_batches AS b ON b.account_id = p.account_id
 WHERE p.id = %(purchase_id)s
   AND b.purchase_id = p.id
-  AND b.is_open
-  AND b.source IN ('purchase', 'subscription')
+  AND (b.is_open OR %(is_all)s)
+  AND (b.source IN ('purchase', 'subscription') OR (%(is_all)s AND b.source = 'refund'))
   AND CASE p.status
           WHEN 'paid' THEN true
           ELSE b.period_start >= %(since)s::timestamptz - interval '24 hours'
@@ -199,9 +201,9 @@ async def _take_back(
     share: tuple[int, int, int],
 ) -> None:
     paid, refunded, settled = share
-    arguments = {"purchase_id": purchase.id, "since": since, "until": until}
+    is_all = refunded == paid
+    arguments = {"purchase_id": purchase.id, "since": since, "until": until, "is_all": is_all}
     for batch_id, granted in await (await conn.execute(BATCHES, arguments)).fetchall():
-        is_all = refunded == paid
         amount = granted * refunded // paid - granted * settled // paid
         if is_all or amount > 0:
             await claw_back(

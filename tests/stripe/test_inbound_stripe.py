@@ -173,6 +173,21 @@ def test_refunds_take_back_their_share_of_what_is_left_once(server: Server, org:
     ]
 
 
+def test_what_was_spent_of_a_pack_that_is_paid_back_does_not_come_back(server: Server, org: Org) -> None:
+    post(server, event("checkout.session.completed", pack(org)))
+    assert server.call("POST", "/credits/ada/consume", org.live_key, {"amount": 1000, "reference_id": "r"}).ok
+
+    def refund(amount: int) -> int:
+        body = {"of": "r", "amount": amount, "reference_id": f"back-{amount}"}
+        assert server.call("POST", "/credits/ada/refund", org.live_key, body).ok
+        return int(server.call("GET", "/credits/ada", org.live_key).json()["balance"])
+
+    assert refund(300) == 300
+    assert post(server, event("charge.refunded", charge(2000))).json() == {"outcome": "applied"}
+    assert server.call("GET", "/credits/ada", org.live_key).json()["balance"] == 0
+    assert refund(700) == 0
+
+
 def test_a_refund_that_is_told_before_its_purchase_is_not_lost(server: Server, org: Org) -> None:
     assert post(server, event("charge.refunded", charge(500))).json()["outcome"] == "ignored"
     assert post(server, event("checkout.session.completed", pack(org))).json() == {"outcome": "applied"}
