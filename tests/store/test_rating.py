@@ -68,6 +68,29 @@ async def test_32_at_once_use_a_quota_up_exactly(database_url: str) -> None:
         await till.check()
 
 
+@pytest.mark.parametrize("billing", ["quota", "metered"])
+async def test_from_far_to_near_a_large_quota_is_used_up_exactly(database_url: str, billing: str) -> None:
+    """Far from the border there is no row to wait for, and at the border nobody has got too much."""
+    soon = datetime.now(UTC) + timedelta(minutes=1)
+    async with open_till(database_url, billing, "thousand") as till:
+
+        async def offer(count: int) -> list[Any]:
+            return await asyncio.gather(
+                *(till.offer(new_message(1, at=soon if n % 8 == 0 else None)) for n in range(count))
+            )
+
+        assert set(await offer(500)) == {"accepted"}
+        assert till.taken() == []
+        assert (await offer(600)).count("accepted") == (500 if billing == "quota" else 600)
+        assert till.taken() == [1000]
+        assert till.usage() == {"included": (1000, 0)} | ({"metered": (100, 0)} if billing == "metered" else {})
+        assert [data["percent"] for topic, data in till.told() if topic == "usage.threshold"] == [80, 100]
+        await till.check()
+    async with open_till(database_url, billing, "thousand") as till:
+        await till.accept(20)
+        assert till.taken() == [20], "what is large for the quota goes by the row from the first"
+
+
 async def test_32_at_once_spend_a_prepaid_wallet_to_the_last_credit(database_url: str) -> None:
     # 10 included and 90 / 3 = 30 paid: 40 units in twenties of 2, some of which straddle nothing, and one in threes.
     async with open_till(database_url, "prepaid", credits=90) as till:

@@ -23,7 +23,10 @@ from nightmail.store.orgs import NewOrg, create_org
 from nightmail.store.record import Outcome
 
 # Small enough to be used up: ten emails and four segments, then three credits an email and five a segment.
-PLAN = "INSERT INTO message_plans VALUES ('tiny', 10, 4, 3, 5), ('hundred', 100, 100, 3, 5), ('none', 0, 0, 3, 5)"
+PLAN = (
+    "INSERT INTO message_plans VALUES ('tiny', 10, 4, 3, 5), ('hundred', 100, 100, 3, 5), ('thousand', 1000, 0, 3, 5),"
+    " ('none', 0, 0, 3, 5)"
+)
 TOLD = ("usage.threshold", "credits.low")
 
 
