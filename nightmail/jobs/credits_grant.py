@@ -24,7 +24,7 @@ from nightmail.store.credit_grants import START, Cursor, Lane
 from nightmail.store.database import is_away
 
 KEYS = ("processed", "successful", "skipped", "failed")
-# 2,500 months take a sixth of a second, and more only while PostgreSQL waits for the disk: so long are their locks held.
+# 2,500 months take a sixth of a second, and more while PostgreSQL waits for the disk: so long their locks are held.
 CHUNK = 2500
 # PostgreSQL works off one statement on one core; two lanes are 1.6 times as fast where it has two.
 LANES = 2
