@@ -150,9 +150,9 @@ ORDER BY charge_id
 FOR UPDATE
 """
 
-# Of what a payment gave, what has something left: a pack's batch, or those of the months it paid for, upgrades too. When
-# all is paid back (is_all), also what is spent, so that it does not live on when the spend is refunded, and what already
-# came back from such a spend.
+# Of what a payment gave, what has something left: a pack's batch, or those of the months it paid for, upgrades too.
+# When all is paid back (is_all), also what is spent, so that it does not live on when the spend is refunded, and what
+# already came back from such a spend.
 BATCHES = """
 SELECT b.id, b.granted
 FROM purchases AS p
