@@ -20,7 +20,7 @@ $(STAMP): requirements-dev.lock pyproject.toml
 demo: $(STAMP) ## Start everything with two sample orgs and show it until Ctrl-C
 	@$(BIN)/nightmail demo
 
-test: $(STAMP) ## Run the tests (under 6 minutes on 2 cores)
+test: $(STAMP) ## Run the tests (about 7 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-node: $(STAMP) ## Run the official Node SDK and verifiers against Nightmail (needs npm)
