@@ -245,7 +245,7 @@ def run(bench: Bench, plan: Plan, tell: Tell) -> Section:
         ]
     spent, bare = _spending(bench, plan, tell)
     rows += [("consume over HTTP", spent.text()), ("bare one-row update over HTTP", bare.text())]
-    checks.append(Check("consume over HTTP, of the bare update", spent.median / bare.median, least=0.3))
+    checks.append(Check("consume over HTTP, of the bare update", spent.median / bare.median, least=0.4))
     return Section(
         title="Credits",
         columns=("contender", "users/s, requests/s"),

@@ -49,7 +49,7 @@ def check(case: schemathesis.Case[Any], server: Server, org: Org) -> None:
 
 @BUILT.parametrize()
 @settings(
-    max_examples=10,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
