@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import sys
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -49,7 +50,7 @@ async def main(url: str, token: str, seconds: float, warm_s: float) -> dict[str,
     clients = []
     for number in range(CONCURRENCY):
         _, client = await loop.create_connection(
-            lambda number=number: Spender(head, f"{prefix}-{number}", warm_until, until),  # type: ignore[misc]
+            partial(Spender, head, f"{prefix}-{number}", warm_until, until),
             str(parts.hostname),
             parts.port or 80,
         )

@@ -283,16 +283,16 @@ def purchase_list(
 def _run(data: Any, org_id: UUID, work: Callable[[Connection], Awaitable[T]]) -> T:
     """Run one call of the store in a known org; end with exit code 2 when there is no such org."""
 
-    async def body(application: Application) -> tuple[bool, Any]:
+    async def body(application: Application) -> tuple[T] | None:
         async with application.database.connection() as conn:
             if await get_org(conn, org_id) is None:
-                return False, None
-        return True, await application.database.run(work)
+                return None
+        return (await application.database.run(work),)
 
-    is_known, result = with_application(data, body)
-    if not is_known:
+    found = with_application(data, body)
+    if found is None:
         fail(f"no org has the id {org_id}", Exit.USAGE)
-    return result  # type: ignore[no-any-return]
+    return found[0]
 
 
 def _tell(result: Any, as_json: bool, text: str, what: str) -> None:

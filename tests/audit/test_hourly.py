@@ -267,11 +267,12 @@ async def test_an_alert_is_open_while_a_finding_is(database_url: str) -> None:
     books = await make_books(database_url)
     spoil(books, "UPDATE credit_accounts SET balance = balance + 1 WHERE id = %(id)s", id=books.account_id)
     async with place(database_url, [], alert_email="ops@example.com") as here:
-        assert here.engine.alerts is not None
+        alerts = here.engine.alerts
+        assert alerts is not None
 
         async def evaluate() -> list[Any]:
             await run_pass(database_url)
-            here.engine.alerts.evaluate_soon()  # type: ignore[union-attr]
+            alerts.evaluate_soon()
             await here.settled()
             return here.rows("SELECT preset, job, closed_at IS NULL FROM alerts")
 

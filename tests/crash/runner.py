@@ -108,6 +108,7 @@ def crash_inside(crash: CrashPoints) -> None:
         return settle_and_reach
 
     for point, module in INSIDE.items():
+        # The name by which the step calls it: mypy knows no name that a module only imports.
         module.settle_messages = with_point(point)  # type: ignore[attr-defined]
 
 

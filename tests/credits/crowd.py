@@ -154,7 +154,7 @@ def main() -> None:
     """Fork, kill, replace; then print what happened."""
     url, seed, seconds, processes, mutant, kill = sys.argv[1:]
     with psycopg.connect(url) as conn:
-        org_id = conn.execute("SELECT org_id FROM credit_accounts LIMIT 1").fetchone()[0]  # type: ignore[index]
+        [(org_id,)] = conn.execute("SELECT org_id FROM credit_accounts LIMIT 1").fetchall()
     mutate(url, mutant)
     if mutant != "none":
         for module, name in ((credit_grants, "GRANT_CHUNK"), (credit_expiry, "EXPIRE_CHUNK")):

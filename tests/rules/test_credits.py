@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from nightmail.rules.credits import (
+    PurchaseStatus,
     billing_end,
     first_period,
     holds_from,
@@ -64,8 +65,8 @@ def test_a_canceled_subscription_ends_with_its_billing_interval(interval: int, a
 def test_what_is_held_is_held_from_the_earliest_reason() -> None:
     anchor, day = datetime(2027, 1, 31, tzinfo=UTC), timedelta(days=1)
 
-    def held(status: str, past_due: datetime | None = None, ends: datetime | None = None) -> datetime | None:
-        return holds_from(status, anchor=anchor, past_due_at=past_due, past_due_days=3, ends_at=ends)  # type: ignore[arg-type]
+    def held(status: PurchaseStatus, past_due: datetime | None = None, ends: datetime | None = None) -> datetime | None:
+        return holds_from(status, anchor=anchor, past_due_at=past_due, past_due_days=3, ends_at=ends)
 
     assert held("active") is None
     assert held("trialing") == anchor

@@ -150,7 +150,7 @@ async def test_what_is_in_doubt_is_told_once_however_it_was_and_however_long(
     for behaviour in DOUBTS + REFUSED:
         org = metered_org(database_url, f"cus_{behaviour}")
         use(database_url, org, "2030-10", included=10_000, metered=250)
-        rules.append(Rule(match=f"cus_{behaviour}", behaviour=behaviour, times=1))  # type: ignore[arg-type]
+        rules.append(Rule(match=f"cus_{behaviour}", behaviour=Behaviour(behaviour), times=1))
     stripe_api.script = Script(rules=rules, hang_s=3)
     async with billing(database_url, stripe_api, FIRST, provider_timeout_s=1.0) as here:
         first = await report(here)

@@ -30,9 +30,9 @@ async def meter(stripe_api: FakeStripe) -> AsyncIterator[StripeMeter]:
     await made.close()
 
 
-def usage(**fields: object) -> MeterEvent:
+def usage(**fields: Any) -> MeterEvent:
     event = MeterEvent(EMAIL, "one", "cus_1", 5, datetime.now(UTC) - timedelta(minutes=5))
-    return replace(event, **fields)  # type: ignore[arg-type]
+    return replace(event, **fields)
 
 
 @pytest.mark.parametrize(
@@ -79,15 +79,20 @@ async def test_an_identifier_counts_once_in_24_hours(stripe_api: FakeStripe, met
     stripe_api.offset = timedelta(hours=24, minutes=1)
     assert await meter.report(usage(value=7), timeout_s=5) == "accepted"
     start = (datetime.now(UTC) - timedelta(hours=1)).replace(second=0, microsecond=0)
-    asked = {"event_name": EMAIL, "stripe_customer_id": "cus_1", "start": start, "end": start + timedelta(hours=2)}
-    assert await meter.sum_of(**asked, timeout_s=5) == 12  # type: ignore[arg-type]
+    asked: dict[str, Any] = {
+        "event_name": EMAIL,
+        "stripe_customer_id": "cus_1",
+        "start": start,
+        "end": start + timedelta(hours=2),
+    }
+    assert await meter.sum_of(**asked, timeout_s=5) == 12
     headers = {"Authorization": f"Bearer {KEY}"}
     undo = {"event_name": EMAIL, "type": "cancel", "cancel[identifier]": "one"}
     path = "/v1/billing/meter_event_adjustments"
     assert requests.post(stripe_api.url + path, data=undo, headers=headers, timeout=5).ok
-    assert await meter.sum_of(**asked, timeout_s=5) == 5, "only what came within 24 hours can be canceled"  # type: ignore[arg-type]
+    assert await meter.sum_of(**asked, timeout_s=5) == 5, "only what came within 24 hours can be canceled"
     with pytest.raises(Permanent, match="no active meter"):
-        await meter.sum_of(**{**asked, "event_name": "other"}, timeout_s=5)  # type: ignore[arg-type]
+        await meter.sum_of(**{**asked, "event_name": "other"}, timeout_s=5)
 
 
 @pytest.mark.parametrize(
